@@ -1,0 +1,1 @@
+"""Settings as frozen dataclasses; the only package that reads the environment."""

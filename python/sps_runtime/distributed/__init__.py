@@ -1,0 +1,1 @@
+"""The mesh of ranks and how bytes cross it."""

@@ -1,0 +1,78 @@
+"""The one thing that crosses ranks: an exchange of tensors inside a group.
+
+Every collective of the runtime (`distributed.collectives`) is built on `Communicator.exchange`, so
+a new transport implements one method. Shapes are never sent: a plan is complete, and each side
+computes from it what it will receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Kind = Literal["attention", "linear", "control"]
+
+
+@dataclass
+class Traffic:
+    """What crossed since the last `take`, on one rank (DESIGN.md, contract 5).
+
+    Attributes:
+        attention_bytes: logical bytes of attention sent, or read in place from a peer's pool.
+        linear_bytes: logical bytes of linear layers sent.
+        physical_bytes: bytes that were really copied.
+        exposed_s: seconds spent waiting for peers.
+    """
+
+    attention_bytes: int = 0
+    linear_bytes: int = 0
+    physical_bytes: int = 0
+    exposed_s: float = 0.0
+
+    def take(self) -> Traffic:
+        """Return the counts and start again from zero."""
+        taken = Traffic(
+            self.attention_bytes, self.linear_bytes, self.physical_bytes, self.exposed_s
+        )
+        self.attention_bytes = self.linear_bytes = self.physical_bytes = 0
+        self.exposed_s = 0.0
+        return taken
+
+
+class Communicator(Protocol):
+    """A group of ranks as one of its members sees it.
+
+    Attributes:
+        rank: this member's index in the group, not its global rank.
+        size: members.
+        traffic: the rank's counters, shared by all its communicators.
+    """
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        """Give `send[i]` to member i and fill `recv[i]` with what member i gave.
+
+        A collective call: all members make it, in the same order. `send[i]` on one side and
+        `recv[self.rank]` on side i agree in shape and dtype; tensors are contiguous and may be
+        empty, and may differ in shape from one another. `send[self.rank]` is copied to
+        `recv[self.rank]` unless they are the same tensor, and counts no bytes. When the call
+        returns, `recv` is filled and `send` may be written again.
+
+        Raises:
+            ConnectionError: when a member is gone or does not answer in time.
+        """
+        ...
+
+
+class Mailroom(Protocol):
+    """Makes communicators for groups of one rank's world; groups are cached."""
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        """The communicator of `global_ranks` (ascending), this rank among them."""
+        ...

@@ -1,0 +1,87 @@
+"""What a layer may know of the step it runs in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LinearPlacement(Protocol):
+    """Where tokens and weights of linear layers lie in this step (DESIGN.md, contract 3).
+
+    A block of linear layers is ``enter -> column(s) -> row -> leave``; between column and row the
+    columns lie spread. `to_tokens` and `to_columns` change between "my tokens, all columns" (what
+    attention needs) and "all tokens, my columns". Weights come as this rank's TP slice (cut once,
+    when loading); what a placement cuts further is that slice over the SP ranks of the group, in
+    shares of whole `unit`s (`distributed.mesh.shares`), so that heads stay whole where they must.
+
+    Three placements: sharded tokens with full weights (SP-NTP), sharded tokens with sharded weights
+    (SP-TP), replicated tokens with sharded weights (small decode batches). Row counts per member of
+    the group are the placement's own.
+    """
+
+    def enter(self, x_TD: Tensor) -> Tensor:
+        """Local tokens -> the tokens that this rank's weight slice multiplies."""
+        ...
+
+    def column(
+        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+    ) -> Tensor:
+        """x @ W[my rows].T + b[my rows]: this rank's columns of the output."""
+        ...
+
+    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+        """y @ W[:, my columns].T: this rank's part of a sum; `leave` completes it."""
+        ...
+
+    def leave(self, x_TD: Tensor) -> Tensor:
+        """Sum the parts over TP peers, and over SP ranks where weights are cut; back to local
+        tokens. Summed in fp32 in rank order, so every rank has the same bits."""
+        ...
+
+    def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+        """All tokens x my columns -> my tokens x all `columns` of my TP slice."""
+        ...
+
+    def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
+        """My tokens x all columns of my TP slice -> all tokens x my columns."""
+        ...
+
+
+class SequenceAttention(Protocol):
+    """Attention of one step over all its ranks; writes the new KV into the pool first."""
+
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """q, k, v of this rank's tokens (rope applied), heads of its TP slice -> o_THD, q's dtype.
+
+        With replicated tokens only the heads in this rank's share (`distributed.mesh.shares` of the
+        TP slice's heads over the group) are filled, the others are zero: `to_columns` with
+        ``unit=head_dim`` keeps just these.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Passed down a model's forward; models hand it on and never look inside.
+
+    Attributes:
+        positions_T: int64 ``[tokens]`` absolute positions of this rank's tokens.
+        linear: where linear layers lie.
+        attend: attention over the group.
+    """
+
+    positions_T: Tensor
+    linear: LinearPlacement
+    attend: SequenceAttention

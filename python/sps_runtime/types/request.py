@@ -1,0 +1,47 @@
+"""A request as the scheduler accepts it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sps_runtime.types.sampling import LogprobParams, SamplingParams
+
+
+class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a request's attention is computed. `fidelity` names it in radix keys.
+
+    Attributes:
+        mode: ``exact``; sparse modes come with their settings.
+        settings: (name, value) pairs, sorted by name; empty for exact.
+    """
+
+    mode: str = "exact"
+    settings: tuple[tuple[str, float | str], ...] = ()
+
+    @property
+    def fidelity(self) -> str:
+        """A string equal for pages that may serve one another, ``exact`` for exact pages."""
+        return ",".join([self.mode, *(f"{name}={value}" for name, value in self.settings)])
+
+
+EXACT = AttentionSpec()
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="generate"):
+    """One tokenized, validated request. Only `frontend.validation` makes it.
+
+    Attributes:
+        rid: the engine's own id, 128 random bits in hex, unique for ever. Never the client's.
+        tokens: the prompt, packed int32 ids (`types.tokens`), at least one.
+        sampling: how to sample.
+        tenant: the cache namespace, chosen by the server.
+        attention: how attention is computed.
+        logprobs: which logprobs are wanted, None for none.
+    """
+
+    rid: str
+    tokens: bytes
+    sampling: SamplingParams
+    tenant: str = ""
+    attention: AttentionSpec = EXACT
+    logprobs: LogprobParams | None = None
