@@ -1,1 +1,1 @@
-"""Attention as a reduction over segments of KV: partials, merges, and plans of who computes what."""
+"""Attention as a reduction over segments of KV: partials, merges, plans of who computes what."""

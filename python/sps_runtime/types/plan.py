@@ -21,7 +21,7 @@ every owner of pages that the plan writes, and every owner of pages it reads, sa
 (acknowledged in an earlier epoch) on a rank of the same host, which are read in place.
 
 **Tokens not yet known.** A plan may name a board slot instead of a token id: the rank that samples
-writes (epoch, token) to the slot, and a later plan reads it from there (`SequencePlan.board_epoch`).
+writes (epoch, token) to the slot, and a later plan reads it there (`SequencePlan.board_epoch`).
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class SequencePlan(msgspec.Struct, frozen=True):
         pages: packed int32 page ids covering positions [0, start + count).
         board_epoch: -1, or the epoch whose sampled token is this plan's last token.
         sample: None when nothing is sampled (a chunk before the last, or prefill only).
-        prompt_logprobs_from: -1, or: the logits at position p of this step judge the prompt token at
-            p + 1; report its logprob for every p + 1 >= prompt_logprobs_from.
+        prompt_logprobs_from: -1, or: the logits at position p of this step judge the prompt token
+            at p + 1; report its logprob for every p + 1 >= prompt_logprobs_from.
         next_token: the prompt's id at position start + count, judged by this step's last logits
             when prompt logprobs are wanted; -1 when the prompt ends with this step.
         attention: how attention is computed.
