@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,18 @@ class LinearPlacement(Protocol):
     Three placements: sharded tokens with full weights (SP-NTP), sharded tokens with sharded weights
     (SP-TP), replicated tokens with sharded weights (small decode batches). Row counts per member of
     the group are the placement's own.
+
+    A model gets a second placement, over the sampled rows, for its language-model head:
+    ``gather_vocab(to_tokens(column(enter(h), W_head), columns), vocab)``.
+
+    Attributes:
+        whole: this rank's TP slice is not cut further (SP-NTP, or a group of one). `column` and
+            `row` then use all of the weight they are given, `enter`, `to_tokens` and `to_columns`
+            return what they are given, and a layer may multiply weights that lie adjacent in memory
+            (q, k, v; gate, up) in one call. Only `leave` and `gather_vocab` may still cross ranks.
     """
+
+    whole: bool
 
     def enter(self, x_TD: Tensor) -> Tensor:
         """Local tokens -> the tokens that this rank's weight slice multiplies."""
@@ -43,6 +55,17 @@ class LinearPlacement(Protocol):
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
         """All tokens x my columns -> my tokens x all `columns` of my TP slice."""
+        ...
+
+    def to_tokens_each(
+        self, ys_TN: Sequence[Tensor], columns: Sequence[int], unit: int = 1
+    ) -> list[Tensor]:
+        """`to_tokens` of several outputs (q, k, v); a placement may send them in one exchange."""
+        return [self.to_tokens(y, count, unit) for y, count in zip(ys_TN, columns, strict=True)]
+
+    def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
+        """My rows x the vocabulary slice of my TP rank (`distributed.mesh.shares(vocab, tp)`) ->
+        my rows x all `vocab` columns. Without TP it returns `y_RN`."""
         ...
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
