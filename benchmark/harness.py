@@ -1,0 +1,249 @@
+"""What all benchmarks share: the machine, its floors, a server under test, one result file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_FLOORS = """
+import json, sys, time, torch
+torch.set_num_threads(int(sys.argv[1]))
+def best(run, n):
+    times = []
+    for _ in range(n):
+        start = time.perf_counter(); run(); times.append(time.perf_counter() - start)
+    return min(times)
+a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+a @ b
+gemm = 2 * 2048**3 / best(lambda: a @ b, 5)
+m, v = torch.ones(8192, 16384), torch.ones(16384)
+m @ v
+read = m.numel() * 4 / best(lambda: m @ v, 5)
+print(json.dumps({"gemm_flops_per_s": gemm, "read_bytes_per_s": read}))
+"""
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine: processor, features that matter, cores, memory, versions."""
+    info = Path("/proc/cpuinfo").read_text()
+    fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = set(fields.get("flags", "").split())
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+    return {
+        "cpu": fields.get("model name", platform.processor()),
+        "features": [flag for flag in wanted if flag in flags],
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }
+
+
+def commit() -> str:
+    """Return the checkout's commit, with ``+`` when the tree differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
+
+
+def floors(threads: int) -> dict[str, float]:
+    """Measure the best of five of bf16 GEMM (FLOP/s) and of memory reads (bytes/s)."""
+    output = subprocess.run(
+        [sys.executable, "-c", _FLOORS, str(threads)], capture_output=True, text=True, check=True
+    )
+    return dict(json.loads(output.stdout))
+
+
+def best_floors(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The better of two measurements, name by name."""
+    return {name: max(before[name], after[name]) for name in before}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Stream:
+    """One streamed generation: arrival times of its tokens, seconds since the request."""
+
+    times: list[float] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ttft(self) -> float:
+        return self.times[0]
+
+    @property
+    def gaps(self) -> list[float]:
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+class Server:
+    """`sps_runtime.launch_server` with given flags, as a context manager.
+
+    Samples the proportional set size of the whole process tree every 0.2 s.
+    """
+
+    def __init__(self, *flags: str) -> None:
+        self.port = free_port()
+        self.flags = flags
+        self.peak_pss_bytes = 0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Server:
+        command = [sys.executable, "-m", "sps_runtime.launch_server", "--port", str(self.port)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen([*command, *self.flags], env=env)
+        self._wait_ready(120)
+        self.ready_s = time.perf_counter() - self.started
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(15)
+        self.process.kill()
+        self.process.wait()
+
+    def _wait_ready(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {self.process.returncode}")
+            with contextlib.suppress(OSError):
+                if self.get("/health")[0] == 200:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError("the server did not become healthy")
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.2):
+            self.peak_pss_bytes = max(self.peak_pss_bytes, tree_pss(self.process.pid))
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def state(self) -> dict[str, Any]:
+        """The engine's counters, fresh."""
+        return dict(json.loads(self.get("/server_info")[1])["internal_states"][0])
+
+    def stream(self, input_ids: list[int], max_new_tokens: int) -> Stream:
+        """Generate greedily from token ids, ignoring EOS, and time every token."""
+        body = {
+            "input_ids": input_ids,
+            "stream": True,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": max_new_tokens,
+                "ignore_eos": True,
+            },
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        encoded = json.dumps(body)
+        start = time.perf_counter()
+        connection.request("POST", "/generate", encoded, {"Content-Type": "application/json"})
+        result = read_stream(connection.getresponse(), start)
+        connection.close()
+        return result
+
+
+def read_stream(response: http.client.HTTPResponse, start: float) -> Stream:
+    """Read SGLang's event stream; a chunk of several tokens counts its time for each."""
+    result = Stream()
+    if response.status != 200:
+        raise RuntimeError(response.read().decode()[:500])
+    for line in response:
+        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+            continue
+        now = time.perf_counter() - start
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise RuntimeError(str(event["error"]))
+        result.meta = event["meta_info"]
+        fresh = result.meta["completion_tokens"] - len(result.times)
+        result.times.extend([now] * fresh)
+    return result
+
+
+def tree_pss(pid: int) -> int:
+    """Sum the proportional set sizes (bytes) of a process and its descendants."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    for child in children(pid):
+        total += tree_pss(child)
+    return total
+
+
+def children(pid: int) -> Iterator[int]:
+    """Direct children of a process, by all its threads."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            yield from map(int, task.read_text().split())
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The q-quantile by nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="under two minutes on two cores")
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    return parser
+
+
+def report(path: Path | None, figures: dict[str, float], raw: Any) -> None:
+    """Print the figures and write the result file."""
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:.6g}")
+    if path:
+        result = {"machine": machine(), "commit": commit(), "figures": figures, "raw": raw}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
