@@ -1,0 +1,54 @@
+"""All settings of the engine: what every process of it may need to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sps_runtime.config.cache import CacheConfig
+from sps_runtime.config.parallel import ParallelConfig
+from sps_runtime.config.scheduler import SchedulerConfig
+
+Device = Literal["cpu", "cuda", "echo"]
+DType = Literal["auto", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Attributes:
+    model_path: a Hugging Face directory.
+    tokenizer_path: where tokenizer.json and the chat template are; the model's directory unless
+        told.
+    dtype: of weights and activations; ``auto`` takes the checkpoint's where this device has it.
+    device: ``echo`` runs no model at all: ranks that store (token, position) as "KV" and answer
+        with hashes of what they read back through the page tables. For tests.
+    load_format: ``auto`` or ``safetensors`` reads weights, ``dummy`` makes random ones.
+    context_length: longest prompt plus answer.
+    threads_per_rank: compute threads of one rank.
+    cores: logical CPUs of each local rank, in rank order; empty: not bound.
+    seed: of dummy weights and of seeds drawn for requests without one.
+    attention_backend: name of the attention backend, or ``auto``.
+    watchdog_timeout_s: plans without any result for this long end the engine.
+    echo_delay_s: seconds that an echo rank takes for a step.
+    """
+
+    model_path: str
+    tokenizer_path: str = ""
+    dtype: DType = "auto"
+    device: Device = "cpu"
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    context_length: int = 32768
+    threads_per_rank: int = 1
+    cores: tuple[tuple[int, ...], ...] = ()
+    seed: int = 0
+    attention_backend: str = "auto"
+    watchdog_timeout_s: float = 300.0
+    echo_delay_s: float = 0.0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens of KV that all SP ranks hold together."""
+        return self.parallel.sp_size * self.cache.pages_per_rank * self.cache.page_size

@@ -1,0 +1,1 @@
+"""How processes talk, start and end. Standard library, msgspec and pyzmq only."""
