@@ -1,0 +1,47 @@
+"""What attention needs of a rank, the same for every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sps_runtime.attention.backend import AttentionBackend, PagePool
+from sps_runtime.distributed.communicator import Mailroom, Traffic
+from sps_runtime.distributed.fences import LayerFence
+from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.kvstore.pool import KVStore
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """One rank's means, made once when the rank starts.
+
+    Attributes:
+        mesh: where the rank stands.
+        mailroom: makes the communicator of a group's SP peers.
+        store: own KV pool and those of SP peers that can be read from here.
+        fence: the layer fence of this global rank.
+        backend: computes partials.
+        traffic: the rank's counters, the same object that the mailroom's communicators count in.
+        hosts: the host of each SP rank. Ranks of one host read each other's pools in place; `store`
+            must hold the pools of every rank of this host. Between hosts pages travel. All ranks
+            know the same tuple, so both sides of a transfer agree.
+    """
+
+    mesh: Mesh
+    mailroom: Mailroom
+    store: KVStore
+    fence: LayerFence
+    backend: AttentionBackend
+    traffic: Traffic
+    hosts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        here = self.hosts[self.mesh.sp_rank]
+        readable = tuple(host == here for host in self.hosts)
+        if len(self.hosts) != self.mesh.sp_size or self.store.readable != readable:
+            raise ValueError(f"pools {self.store.readable} do not fit hosts {self.hosts}")
+
+    def pages(self, layer: int) -> PagePool:
+        """All pools of a layer, as far as they can be read."""
+        k, v = self.store.layer(layer)
+        return PagePool(k, v, self.store.shape.slots)

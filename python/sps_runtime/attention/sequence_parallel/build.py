@@ -1,0 +1,54 @@
+"""From a plan's strategy to the attention of its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import Tensor
+
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.types.plan import StepPlan
+
+_HERE = "sps_runtime.attention.sequence_parallel"
+
+STRATEGIES = {
+    "pass_kv": f"{_HERE}.pass_kv:PassKV",
+    "pass_q": f"{_HERE}.pass_q:PassQ",
+    "ulysses": f"{_HERE}.ulysses:Ulysses",
+    "replicated": f"{_HERE}.replicated:Replicated",
+}
+"""Name -> ``module:class``; each class takes a `StepState` and is a `SequenceAttention`."""
+
+
+def strategy_name(plan: StepPlan) -> str:
+    """Which of `STRATEGIES` a plan runs. In a group of one nothing crosses whatever the strategy,
+    and reading pages (`pass_kv`) is all there is."""
+    if len(plan.group) == 1:
+        return "pass_kv"
+    return "replicated" if plan.placement == "replicated" else plan.strategy
+
+
+def sequence_attention(
+    plan: StepPlan, layout: ShardLayout, context: AttentionContext
+) -> Callable[..., Tensor]:
+    """The `layers.step.SequenceAttention` of one step on this rank.
+
+    Args:
+        plan: the step; this rank's SP rank is in its group.
+        layout: `ShardLayout(plan, ...)`, shared with whoever gathers the inputs.
+        context: the rank's means.
+
+    The result is called once per layer by every rank of the group, in the order of layers, also by
+    ranks that compute no token (with 0 rows).
+
+    Raises:
+        ConnectionError: from a call, when a peer is gone or late.
+        ValueError: from a call, when the plan reads a page that can neither be read nor be sent.
+    """
+    module, name = STRATEGIES[strategy_name(plan)].split(":")
+    factory = getattr(import_module(module), name)
+    attention: Callable[..., Tensor] = factory(StepState(layout, context))
+    return attention

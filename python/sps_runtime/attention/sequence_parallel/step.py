@@ -1,0 +1,56 @@
+"""One step on one rank: what every strategy begins with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.shard_layout import ShardLayout
+
+
+class StepState:
+    """A layout seen by one member of its group.
+
+    Attributes:
+        me: this rank's index in the group.
+        peers: global ranks of the group's members with this rank's TP rank.
+        communicator: of the peers; None in a group of one, where nothing crosses.
+    """
+
+    def __init__(self, layout: ShardLayout, context: AttentionContext) -> None:
+        self.layout = layout
+        self.context = context
+        self.me = layout.member(context.mesh.sp_rank)
+        self.size = len(layout.group)
+        self.peers = context.mesh.sp_peers(layout.group)
+        self.communicator = context.mailroom.group(self.peers) if self.size > 1 else None
+        writes = layout.writes(self.me)
+        self._rows = None if writes.rows is None else torch.from_numpy(writes.rows)
+        self._slots = torch.from_numpy(writes.slots)
+        self._offsets = torch.from_numpy(writes.offsets)
+
+    def same_host(self, a: int, b: int) -> bool:
+        """Whether members a and b read each other's pools in place."""
+        hosts, group = self.context.hosts, self.layout.group
+        return hosts[group[a]] == hosts[group[b]]
+
+    def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Put this rank's share of the new KV into its pool."""
+        if not len(self._slots):
+            return
+        if self._rows is not None:
+            k_TKD, v_TKD = k_TKD[self._rows], v_TKD[self._rows]
+        self.context.store.own.write(layer, k_TKD, v_TKD, self._slots, self._offsets)
+
+    def publish(self, layer: int) -> None:
+        """Let peers read this layer's new KV in place."""
+        self.context.fence.publish(self.layout.epoch, layer)
+
+    def wait(self, layer: int, members: tuple[int, ...]) -> None:
+        """Wait until the members' new KV of this layer can be read in place."""
+        traffic = self.context.traffic
+        for member in members:
+            traffic.exposed_s += self.context.fence.wait(
+                self.peers[member], self.layout.epoch, layer
+            )

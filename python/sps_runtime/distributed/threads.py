@@ -1,0 +1,128 @@
+"""Ranks as threads of one process: the full matrix of exactness runs on these."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from torch import Tensor
+
+from sps_runtime.distributed.communicator import Communicator, Kind, Traffic
+from sps_runtime.distributed.exchange import check, copy_own, count_sent
+
+T = TypeVar("T")
+_POLL_S = 0.05
+
+
+class ThreadWorld:
+    """A queue for each directed pair of global ranks.
+
+    Args:
+        world_size: ranks.
+        timeout_s: how long a peer may take.
+    """
+
+    def __init__(self, world_size: int, *, timeout_s: float = 60.0) -> None:
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.failed = threading.Event()
+        self._queues: list[list[SimpleQueue[Tensor]]] = [
+            [SimpleQueue() for _ in range(world_size)] for _ in range(world_size)
+        ]
+
+    def mailroom(self, rank: int, traffic: Traffic | None = None) -> ThreadMailroom:
+        """What global rank `rank` uses."""
+        return ThreadMailroom(self, rank, traffic or Traffic())
+
+    def queue(self, source: int, target: int) -> SimpleQueue[Tensor]:
+        return self._queues[source][target]
+
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        """Call `work(rank)` on a thread per rank and return the results by rank. The first error
+        wakes everyone who waits and is raised here."""
+        results: dict[int, T] = {}
+        errors: list[BaseException] = []
+
+        def call(rank: int) -> None:
+            try:
+                results[rank] = work(rank)
+            except BaseException as error:
+                errors.append(error)
+                self.failed.set()
+
+        threads = [
+            threading.Thread(target=call, args=(rank,), name=f"rank-{rank}", daemon=True)
+            for rank in range(self.world_size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [results[rank] for rank in range(self.world_size)]
+
+
+class ThreadMailroom:
+    """One thread rank's `Mailroom`."""
+
+    def __init__(self, world: ThreadWorld, rank: int, traffic: Traffic) -> None:
+        self._world = world
+        self._rank = rank
+        self.traffic = traffic
+        self._groups: dict[tuple[int, ...], Communicator] = {}
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        found = self._groups.get(global_ranks)
+        if found is None:
+            found = ThreadCommunicator(self._world, self._rank, global_ranks, self.traffic)
+            self._groups[global_ranks] = found
+        return found
+
+
+class ThreadCommunicator:
+    """One thread rank's `Communicator` of a group."""
+
+    def __init__(
+        self, world: ThreadWorld, global_rank: int, global_ranks: tuple[int, ...], traffic: Traffic
+    ) -> None:
+        self._world = world
+        self._members = global_ranks
+        self._global_rank = global_rank
+        self.rank = global_ranks.index(global_rank)
+        self.size = len(global_ranks)
+        self.traffic = traffic
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        check(send, recv, self.size)
+        for member, tensor in enumerate(send):
+            if member != self.rank and tensor.numel():
+                target = self._members[member]
+                self._world.queue(self._global_rank, target).put(tensor.clone())
+        copy_own(send, recv, self.rank)
+        count_sent(self.traffic, send, self.rank, kind)
+        for member, tensor in enumerate(recv):
+            if member != self.rank and tensor.numel():
+                tensor.copy_(self._receive(self._members[member], tensor))
+
+    def _receive(self, source: int, wanted: Tensor) -> Tensor:
+        queue = self._world.queue(source, self._global_rank)
+        began = time.monotonic()
+        while True:
+            try:
+                got = queue.get(timeout=_POLL_S)
+                break
+            except Empty:
+                late = time.monotonic() - began > self._world.timeout_s
+                if late or self._world.failed.is_set():
+                    raise ConnectionError(f"rank {source} did not send") from None
+        self.traffic.exposed_s += time.monotonic() - began
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            raise ConnectionError(
+                f"rank {source} sent {tuple(got.shape)} {got.dtype}, "
+                f"not {tuple(wanted.shape)} {wanted.dtype}: ranks have diverged"
+            )
+        return got
