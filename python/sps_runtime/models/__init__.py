@@ -1,0 +1,1 @@
+"""Models, which hold only maths, and how their weights come into memory."""

@@ -1,0 +1,101 @@
+"""Where weights come from: a checkpoint's safetensors files, or a seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+from zlib import crc32
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sps_runtime.types.errors import ConfigError
+
+INDEX = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """Gives a checkpoint's tensors by name."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor `name`, which must be of `shape`, in a floating dtype.
+
+        Raises:
+            ConfigError: when it is missing, or of another shape.
+        """
+        ...
+
+
+class SafetensorsCheckpoint:
+    """The safetensors files of a Hugging Face directory, single or sharded with an index.
+
+    Files are mapped, not read: a tensor's bytes come in when it is copied.
+
+    Raises:
+        ConfigError: when there are no such files, or one is broken.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: dict[str, safe_open] = {}
+        self._file_of = self._files_of_index() or self._files_of_directory()
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self._file_of:
+            raise ConfigError(f"{self.directory}: the checkpoint lacks tensor {name}")
+        tensor: Tensor = self._file(self._file_of[name]).get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"{self.directory}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"config.json implies {shape}"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{self.directory}: tensor {name} is {tensor.dtype}: quantized?")
+        return tensor
+
+    def _files_of_index(self) -> dict[str, str]:
+        path = self.directory / INDEX
+        if not path.is_file():
+            return {}
+        try:
+            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = set(names.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is no index of safetensors files: {error}") from None
+        for file in files:
+            if Path(str(file)).name != file or not (self.directory / file).is_file():
+                raise ConfigError(f"{path} names {file!r}, which is not in the directory")
+        return dict(names)
+
+    def _files_of_directory(self) -> dict[str, str]:
+        files = sorted(self.directory.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{self.directory} holds no safetensors files (others are not read)")
+        return {name: path.name for path in files for name in self._file(path.name).keys()}  # noqa: SIM118
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._open:
+            path = self.directory / name
+            try:
+                self._open[name] = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
+        return self._open[name]
+
+
+class RandomWeights:
+    """Weights drawn from a seed (``--load-format dummy``), each by its name alone.
+
+    Matrices, tables and biases are normal with deviation 0.02; norms are near one.
+    """
+
+    def __init__(self, seed: int, deviation: float = 0.02) -> None:
+        self.seed, self.deviation = seed, deviation
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        # The CPU generator heeds only 32 bits of its seed, so both go through one hash.
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{name}".encode()))
+        values = torch.empty(shape).normal_(0.0, self.deviation, generator=generator)
+        return values.add_(1.0) if "norm" in name else values

@@ -1,0 +1,78 @@
+"""What the dense decoder-only models share: pre-norm blocks on a residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sps_runtime.config.model import ModelConfig
+from sps_runtime.layers.attention import Attention
+from sps_runtime.layers.linear import Embedding, LanguageModelHead
+from sps_runtime.layers.mlp import GatedMLP
+from sps_runtime.layers.norm import RMSNorm
+from sps_runtime.layers.rope import RotaryEmbedding, Rotation
+from sps_runtime.layers.step import LinearPlacement, StepContext
+from sps_runtime.models.weights import Weights
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+
+    def __call__(self, x_TD: Tensor, rotate: Rotation, step: StepContext) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotate, step)
+        return x_TD + self.mlp(step.linear, self.mlp_norm(x_TD))
+
+
+class Decoder:
+    """A decoder-only transformer; a model says what its attention is.
+
+    Args:
+        weights: one TP rank's.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        tensors, config = weights.tensors, weights.config
+        self.config: ModelConfig = config
+        self.embedding = Embedding(tensors["embed"])
+        self.rope = RotaryEmbedding(config.rope, config.head_dim, tensors["embed"].device)
+        self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
+        self.norm = weights.norm("norm")
+        self.head = LanguageModelHead(tensors["head"], config.vocab_size)
+
+    def attention(self, weights: Weights, layer: int) -> Attention:
+        """The attention of one layer."""
+        return Attention(
+            layer, weights.qkv(layer), weights.output(layer), head_dim=weights.config.head_dim
+        )
+
+    def forward(self, input_ids_T: Tensor, step: StepContext) -> Tensor:
+        """Token ids ``[my tokens]`` -> the residual stream ``[my tokens, hidden]`` after the last
+        layer, before the last norm: `logits` norms the few rows that it is asked for."""
+        x_TD = self.embedding(input_ids_T)
+        rotate = self.rope(step.positions_T, x_TD.dtype)
+        for layer in self.layers:
+            x_TD = layer(x_TD, rotate, step)
+        return x_TD
+
+    def logits(self, hidden_RD: Tensor, head: LinearPlacement) -> Tensor:
+        """Rows of `forward`'s result ``[my rows, hidden]`` -> ``[my rows, vocab]``.
+
+        Args:
+            head: the placement over the sampled rows.
+        """
+        return self.head(head, self.norm(hidden_RD))
+
+    def _layer(self, weights: Weights, layer: int) -> DecoderLayer:
+        return DecoderLayer(
+            attention_norm=weights.norm(f"layers.{layer}.attention_norm"),
+            attention=self.attention(weights, layer),
+            mlp_norm=weights.norm(f"layers.{layer}.mlp_norm"),
+            mlp=GatedMLP(weights.gate_up(layer), weights.down(layer)),
+        )

@@ -1,0 +1,185 @@
+"""Where every weight lies in memory: planned once, the same for all ranks of a host.
+
+Each TP rank's slice is contiguous, with q, k, v adjacent and gate, up adjacent, so that a rank that
+uses its slice whole multiplies by them in one call. Weights that all TP ranks need alike (norms,
+the embedding) lie there once; a tied head is a view of the embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from sps_runtime.config.model import ModelConfig
+from sps_runtime.distributed.mesh import shares
+
+ALIGNMENT = 64
+Bounds = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice of a checkpoint's tensor.
+
+    Attributes:
+        source: the tensor's name in the checkpoint.
+        source_shape: the shape it must have there.
+        dim: the dim that `begin` and `end` cut.
+    """
+
+    source: str
+    source_shape: tuple[int, ...]
+    dim: int
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        cut = list(self.source_shape)
+        cut[self.dim] = self.end - self.begin
+        return tuple(cut)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in memory: its parts one after the other along dim 0, at a byte offset."""
+
+    offset: int
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attributes:
+    entries: (TP rank, name) -> entry; equal entries are the same memory.
+    """
+
+    tp_size: int
+    dtype: torch.dtype
+    nbytes: int
+    entries: dict[tuple[int, str], Entry]
+
+    def digest(self) -> bytes:
+        """32 bytes that differ between any two different layouts."""
+        text = repr((self.tp_size, str(self.dtype), self.nbytes, sorted(self.entries.items())))
+        return hashlib.sha256(text.encode()).digest()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of the model: `sources` are concatenated after each is cut as `cut` says."""
+
+    name: str
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    cut: Literal["none", "rows", "kv_rows", "columns", "vocab"] | tuple[str, ...] = "none"
+
+
+def plan_layout(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> Layout:
+    """Plan the memory of `config`'s weights for `tp_size` ranks (`config.model.check_degrees`)."""
+    entries: dict[tuple[int, str], Entry] = {}
+    end = 0
+
+    def place(parts: tuple[Part, ...]) -> Entry:
+        nonlocal end
+        rows = sum(part.shape[0] for part in parts)
+        shape = (rows, *parts[0].shape[1:])
+        entry = Entry(-(-end // ALIGNMENT) * ALIGNMENT, shape, parts)
+        end = entry.offset + prod(shape) * dtype.itemsize
+        return entry
+
+    for weight in _weights(config):
+        if weight.cut == "none":
+            entry = place(_parts(config, weight, tp_size, 0))
+            entries.update({(rank, weight.name): entry for rank in range(tp_size)})
+            continue
+        for rank in range(tp_size):
+            entries[rank, weight.name] = place(_parts(config, weight, tp_size, rank))
+    if config.tie_word_embeddings:
+        entries.update(_tied_head(config, entries[0, "embed"], tp_size, dtype))
+    return Layout(tp_size, dtype, end, entries)
+
+
+def _tied_head(
+    config: ModelConfig, embed: Entry, tp_size: int, dtype: torch.dtype
+) -> Iterator[tuple[tuple[int, str], Entry]]:
+    """The head's slices as rows of the embedding; they have no parts to read."""
+    row_bytes = config.hidden_size * dtype.itemsize
+    for rank, (begin, end) in enumerate(shares(config.vocab_size, tp_size)):
+        shape = (end - begin, config.hidden_size)
+        yield (rank, "head"), Entry(embed.offset + begin * row_bytes, shape, ())
+
+
+def _parts(config: ModelConfig, weight: _Weight, tp_size: int, rank: int) -> tuple[Part, ...]:
+    cuts = weight.cut if isinstance(weight.cut, tuple) else (weight.cut,) * len(weight.sources)
+    parts = []
+    for (source, shape), cut in zip(weight.sources, cuts, strict=True):
+        dim = 1 if cut == "columns" else 0
+        begin, end = _bounds(config, cut, shape[dim], tp_size, rank)
+        parts.append(Part(source, shape, dim, begin, end))
+    return tuple(parts)
+
+
+def _bounds(config: ModelConfig, cut: str, size: int, tp_size: int, rank: int) -> Bounds:
+    if cut == "none":
+        return 0, size
+    if cut == "vocab":
+        return shares(size, tp_size)[rank]
+    if cut == "kv_rows":
+        heads = config.kv_heads_per_rank(tp_size)
+        first = rank * config.num_kv_heads // tp_size
+        return first * config.head_dim, (first + heads) * config.head_dim
+    share = size // tp_size
+    return rank * share, (rank + 1) * share
+
+
+def _weights(config: ModelConfig) -> Iterator[_Weight]:
+    """All weights in the order in which they lie, under the names of Hugging Face checkpoints."""
+    vocab, hidden = config.vocab_size, config.hidden_size
+    yield _Weight("embed", (("model.embed_tokens.weight", (vocab, hidden)),))
+    for layer in range(config.num_layers):
+        yield from _layer_weights(config, layer)
+    yield _Weight("norm", (("model.norm.weight", (hidden,)),))
+    if not config.tie_word_embeddings:
+        yield _Weight("head", (("lm_head.weight", (vocab, hidden)),), "vocab")
+
+
+def _layer_weights(config: ModelConfig, layer: int) -> Iterator[_Weight]:
+    ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * dim, config.num_kv_heads * dim
+    attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+    qkv = (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+    gate_up = (("gate_proj", inner), ("up_proj", inner))
+    qkv_cut = ("rows", "kv_rows", "kv_rows")
+
+    def vector(name: str, source: str, size: int) -> _Weight:
+        return _Weight(f"{ours}.{name}", ((f"{theirs}.{source}", (size,)),))
+
+    def stacked(
+        name: str, block: str, parts: tuple[tuple[str, int], ...], cut: tuple[str, ...], bias: bool
+    ) -> Iterator[_Weight]:
+        weights = tuple((f"{block}.{part}.weight", (size, hidden)) for part, size in parts)
+        yield _Weight(f"{ours}.{name}", weights, cut)
+        if bias:
+            biases = tuple((f"{block}.{part}.bias", (size,)) for part, size in parts)
+            yield _Weight(f"{ours}.{name}_bias", biases, cut)
+
+    yield vector("attention_norm", "input_layernorm.weight", hidden)
+    yield from stacked("qkv", attention, qkv, qkv_cut, config.qkv_bias)
+    if config.qk_norm:
+        yield vector("q_norm", "self_attn.q_norm.weight", dim)
+        yield vector("k_norm", "self_attn.k_norm.weight", dim)
+    yield _Weight(f"{ours}.output", ((f"{attention}.o_proj.weight", (hidden, q)),), "columns")
+    if config.output_bias:
+        yield vector("output_bias", "self_attn.o_proj.bias", hidden)
+    yield vector("mlp_norm", "post_attention_layernorm.weight", hidden)
+    yield from stacked("gate_up", mlp, gate_up, ("rows", "rows"), config.mlp_bias)
+    yield _Weight(f"{ours}.down", ((f"{mlp}.down_proj.weight", (hidden, inner)),), "columns")
+    if config.mlp_bias:
+        yield vector("down_bias", "mlp.down_proj.bias", hidden)

@@ -1,0 +1,35 @@
+"""Which class computes which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sps_runtime.types.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sps_runtime.models.decoder import Decoder
+
+MODELS: Mapping[str, str] = {
+    "LlamaForCausalLM": "sps_runtime.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "sps_runtime.models.mistral:MistralForCausalLM",
+    "Qwen2ForCausalLM": "sps_runtime.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "sps_runtime.models.qwen3:Qwen3ForCausalLM",
+}
+
+
+def model_class(architecture: str) -> type[Decoder]:
+    """Import the class of `architecture`.
+
+    Raises:
+        ConfigError: for an architecture that is not in `MODELS`.
+    """
+    if architecture not in MODELS:
+        raise ConfigError(
+            f"architecture {architecture} is not supported; supported are "
+            + ", ".join(sorted(MODELS))
+        )
+    module, _, name = MODELS[architecture].partition(":")
+    found: type[Decoder] = getattr(import_module(module), name)
+    return found
