@@ -1,0 +1,199 @@
+"""The three placements of linear layers on a group of ranks (DESIGN.md, contract 3).
+
+=====================  ================  ==========================================================
+class                  tokens, weights   known as
+=====================  ================  ==========================================================
+`WholeWeights`         sharded, whole    SP-NTP: no traffic but that of TP peers
+`ShardedWeights`       sharded, cut      SP-TP: all-gather before, reduce-scatter after
+`ReplicatedTokens`     replicated, cut   TP over the whole group, for small decode batches
+=====================  ================  ==========================================================
+
+"Whole" and "cut" speak of this rank's TP slice of a weight; the slice itself was cut when loading.
+A placement is built for one step from the rows that each member of the group holds; it is cheap to
+build, and another one with other rows (`placed`) serves the few rows that reach the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sps_runtime.distributed.communicator import Communicator
+from sps_runtime.distributed.mesh import shares
+from sps_runtime.layers.step import LinearPlacement
+
+
+@dataclass(frozen=True)
+class GroupLinks:
+    """The communicators of one group as one of its ranks sees them.
+
+    Attributes:
+        sp: the ranks of the group with this rank's TP rank, in the group's order.
+        tp: this SP rank's TP peers.
+        world: all of the group's ranks, TP peers included, ascending by global rank.
+    """
+
+    sp: Communicator
+    tp: Communicator
+    world: Communicator
+
+
+def unit_shares(columns: int, unit: int, parts: int) -> list[tuple[int, int]]:
+    """(begin, end) columns of each part, in whole units.
+
+    Raises:
+        ValueError: when `columns` is no multiple of `unit`.
+    """
+    if columns % unit:
+        raise ValueError(f"{columns} columns do not divide into units of {unit}")
+    return [(begin * unit, end * unit) for begin, end in shares(columns // unit, parts)]
+
+
+@dataclass(frozen=True)
+class WholeWeights:
+    """SP-NTP: each rank multiplies its own tokens with its whole (TP slice of the) weights."""
+
+    links: GroupLinks
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def enter(self, x_TD: Tensor) -> Tensor:
+        return x_TD
+
+    def column(
+        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+    ) -> Tensor:
+        return F.linear(x_TD, weight_ND, bias_N)
+
+    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+        return F.linear(y_TN, weight_DN)
+
+    def leave(self, x_TD: Tensor) -> Tensor:
+        return all_reduce(self.links.tp, x_TD)
+
+    def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+        return y_TN
+
+    def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
+        return y_TN
+
+
+def cut_column(
+    sp: Communicator, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, unit: int
+) -> Tensor:
+    begin, end = unit_shares(weight_ND.shape[0], unit, sp.size)[sp.rank]
+    return F.linear(x_TD, weight_ND[begin:end], None if bias_N is None else bias_N[begin:end])
+
+
+def cut_row(sp: Communicator, y_TN: Tensor, weight_DN: Tensor, unit: int) -> Tensor:
+    begin, end = unit_shares(weight_DN.shape[1], unit, sp.size)[sp.rank]
+    return F.linear(y_TN, weight_DN[:, begin:end])
+
+
+@dataclass(frozen=True)
+class ShardedWeights:
+    """SP-TP: tokens are gathered, multiplied with a share of the weights, and scattered again.
+
+    Attributes:
+        rows: tokens of each member of the group.
+    """
+
+    links: GroupLinks
+    rows: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def enter(self, x_TD: Tensor) -> Tensor:
+        return gather_rows(self.links.sp, x_TD, self.rows)
+
+    def column(
+        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+    ) -> Tensor:
+        return cut_column(self.links.sp, x_TD, weight_ND, bias_N, unit)
+
+    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+        return cut_row(self.links.sp, y_TN, weight_DN, unit)
+
+    def leave(self, x_TD: Tensor) -> Tensor:
+        return all_reduce(self.links.tp, reduce_scatter_rows(self.links.sp, x_TD, self.rows))
+
+    def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+        sp = self.links.sp
+        widths = [end - begin for begin, end in unit_shares(columns, unit, sp.size)]
+        parts = [y_TN.new_empty(self.rows[sp.rank], width) for width in widths]
+        sp.exchange(y_TN.contiguous().split(self.rows), parts, "linear")
+        return torch.cat(parts, dim=1)
+
+    def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
+        sp = self.links.sp
+        bounds = unit_shares(y_TN.shape[1], unit, sp.size)
+        begin, end = bounds[sp.rank]
+        out_TN = y_TN.new_empty(sum(self.rows), end - begin)
+        send = [y_TN[:, low:high].contiguous() for low, high in bounds]
+        sp.exchange(send, out_TN.split(self.rows), "linear")
+        return out_TN
+
+
+@dataclass(frozen=True)
+class ReplicatedTokens:
+    """TP over the whole group: every rank has all tokens and multiplies a share of the columns."""
+
+    links: GroupLinks
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def enter(self, x_TD: Tensor) -> Tensor:
+        return x_TD
+
+    def column(
+        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+    ) -> Tensor:
+        return cut_column(self.links.sp, x_TD, weight_ND, bias_N, unit)
+
+    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+        return cut_row(self.links.sp, y_TN, weight_DN, unit)
+
+    def leave(self, x_TD: Tensor) -> Tensor:
+        return all_reduce(self.links.world, x_TD)
+
+    def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+        sp = self.links.sp
+        widths = [end - begin for begin, end in unit_shares(columns, unit, sp.size)]
+        parts = [y_TN.new_empty(y_TN.shape[0], width) for width in widths]
+        sp.exchange([y_TN.contiguous()] * sp.size, parts, "linear")
+        return torch.cat(parts, dim=1)
+
+    def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
+        begin, end = unit_shares(y_TN.shape[1], unit, self.links.sp.size)[self.links.sp.rank]
+        return y_TN[:, begin:end]
+
+
+def place(
+    placement: Literal["sharded", "replicated"],
+    arch: Literal["ntp", "tp"],
+    links: GroupLinks,
+    rows: Sequence[int],
+) -> LinearPlacement:
+    """The placement of one step.
+
+    Args:
+        placement: the plan's.
+        arch: what sharded tokens meet: whole weights (``ntp``) or cut ones (``tp``).
+        rows: tokens of each member of the group, in the group's order.
+    """
+    if links.sp.size == 1 or (placement == "sharded" and arch == "ntp"):
+        return WholeWeights(links)
+    if placement == "sharded":
+        return ShardedWeights(links, tuple(rows))
+    return ReplicatedTokens(links)
