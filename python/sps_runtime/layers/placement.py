@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +59,7 @@ class WholeWeights:
     """SP-NTP: each rank multiplies its own tokens with its whole (TP slice of the) weights."""
 
     links: GroupLinks
-
-    @property
-    def whole(self) -> bool:
-        return True
+    whole: ClassVar[bool] = True
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return x_TD
@@ -107,10 +104,7 @@ class ShardedWeights:
 
     links: GroupLinks
     rows: tuple[int, ...]
-
-    @property
-    def whole(self) -> bool:
-        return False
+    whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return gather_rows(self.links.sp, x_TD, self.rows)
@@ -148,10 +142,7 @@ class ReplicatedTokens:
     """TP over the whole group: every rank has all tokens and multiplies a share of the columns."""
 
     links: GroupLinks
-
-    @property
-    def whole(self) -> bool:
-        return False
+    whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return x_TD
