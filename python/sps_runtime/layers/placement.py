@@ -78,6 +78,14 @@ class WholeWeights:
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
         return y_TN
 
+    def to_tokens_each(
+        self, ys_TN: Sequence[Tensor], columns: Sequence[int], unit: int = 1
+    ) -> list[Tensor]:
+        return list(ys_TN)
+
+    def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
+        return gather_columns(self.links.tp, y_RN, vocab)
+
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
         return y_TN
 
@@ -92,6 +100,33 @@ def cut_column(
 def cut_row(sp: Communicator, y_TN: Tensor, weight_DN: Tensor, unit: int) -> Tensor:
     begin, end = unit_shares(weight_DN.shape[1], unit, sp.size)[sp.rank]
     return F.linear(y_TN, weight_DN[:, begin:end])
+
+
+def gather_columns(comm: Communicator, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+    """My columns (`unit_shares`) of all rows -> all `columns` of all rows, on every member."""
+    if comm.size == 1:
+        return y_TN
+    bounds = unit_shares(columns, unit, comm.size)
+    parts = [y_TN.new_empty(len(y_TN), end - begin) for begin, end in bounds]
+    comm.exchange([y_TN.contiguous()] * comm.size, parts, "linear")
+    return torch.cat(parts, dim=1)
+
+
+def widths_each(columns: Sequence[int], unit: int, parts: int) -> list[list[int]]:
+    """For each member, its width of each output of `columns` columns."""
+    each = [unit_shares(count, unit, parts) for count in columns]
+    return [[end - begin for begin, end in bounds] for bounds in zip(*each, strict=True)]
+
+
+def beside(ys_TN: Sequence[Tensor]) -> Tensor:
+    """Outputs side by side in one contiguous tensor, to cross ranks together."""
+    return ys_TN[0].contiguous() if len(ys_TN) == 1 else torch.cat(list(ys_TN), dim=1)
+
+
+def columns_each(parts: Sequence[Tensor], widths: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Undo `beside` for what every member sent: each output with all its columns."""
+    pieces = [part.split(list(width), dim=1) for part, width in zip(parts, widths, strict=True)]
+    return [torch.cat(of_output, dim=1) for of_output in zip(*pieces, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -121,11 +156,20 @@ class ShardedWeights:
         return all_reduce(self.links.tp, reduce_scatter_rows(self.links.sp, x_TD, self.rows))
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+        return self.to_tokens_each([y_TN], [columns], unit)[0]
+
+    def to_tokens_each(
+        self, ys_TN: Sequence[Tensor], columns: Sequence[int], unit: int = 1
+    ) -> list[Tensor]:
         sp = self.links.sp
-        widths = [end - begin for begin, end in unit_shares(columns, unit, sp.size)]
-        parts = [y_TN.new_empty(self.rows[sp.rank], width) for width in widths]
-        sp.exchange(y_TN.contiguous().split(self.rows), parts, "linear")
-        return torch.cat(parts, dim=1)
+        widths = widths_each(columns, unit, sp.size)
+        together = beside(ys_TN)
+        parts = [together.new_empty(self.rows[sp.rank], sum(width)) for width in widths]
+        sp.exchange(together.split(self.rows), parts, "linear")
+        return columns_each(parts, widths)
+
+    def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
+        return gather_columns(self.links.tp, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
         sp = self.links.sp
@@ -159,11 +203,20 @@ class ReplicatedTokens:
         return all_reduce(self.links.world, x_TD)
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+        return gather_columns(self.links.sp, y_TN, columns, unit)
+
+    def to_tokens_each(
+        self, ys_TN: Sequence[Tensor], columns: Sequence[int], unit: int = 1
+    ) -> list[Tensor]:
         sp = self.links.sp
-        widths = [end - begin for begin, end in unit_shares(columns, unit, sp.size)]
-        parts = [y_TN.new_empty(y_TN.shape[0], width) for width in widths]
-        sp.exchange([y_TN.contiguous()] * sp.size, parts, "linear")
-        return torch.cat(parts, dim=1)
+        widths = widths_each(columns, unit, sp.size)
+        together = beside(ys_TN)
+        parts = [together.new_empty(len(together), sum(width)) for width in widths]
+        sp.exchange([together] * sp.size, parts, "linear")
+        return columns_each(parts, widths)
+
+    def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
+        return gather_columns(self.links.tp, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
         begin, end = unit_shares(y_TN.shape[1], unit, self.links.sp.size)[self.links.sp.rank]

@@ -17,14 +17,13 @@ bounded, so it costs a millisecond and not a hang.
 from __future__ import annotations
 
 import mmap
-import os
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from sps_runtime.runner import futex
+from sps_runtime.distributed.futex import Futex
 
 SLEEP_S = 1e-3
 _BELL_BYTES = 64
@@ -33,13 +32,6 @@ _BELL_BYTES = 64
 def board_bytes(slots: int) -> int:
     """Size of the memory of a board with `slots` slots: one cache line of bell, then the words."""
     return _BELL_BYTES + 8 * slots
-
-
-def create_board(slots: int) -> int:
-    """A memfd that holds an empty board; the caller owns the descriptor."""
-    fd = os.memfd_create("sps-board", os.MFD_CLOEXEC)
-    os.ftruncate(fd, board_bytes(slots))
-    return fd
 
 
 class TokenBoard:
@@ -57,13 +49,10 @@ class TokenBoard:
     def __init__(self, memory: mmap.mmap | bytearray, spin_s: float = 0.0) -> None:
         self._bell = np.frombuffer(memory, dtype=np.uint32, count=1)
         self._words = np.frombuffer(memory, dtype=np.uint64, offset=_BELL_BYTES)
+        self._futex = Futex()
+        self._bell_address = int(self._bell.ctypes.data)
         self._spin_s = spin_s
         self.waited_s = 0.0
-
-    @classmethod
-    def map(cls, fd: int, spin_s: float = 0.0) -> TokenBoard:
-        """Map the board behind a descriptor; the mapping outlives the descriptor."""
-        return cls(mmap.mmap(fd, os.fstat(fd).st_size), spin_s)
 
     @property
     def slots(self) -> int:
@@ -77,7 +66,7 @@ class TokenBoard:
         for slot, token in zip(slots, tokens, strict=True):
             self._words[slot] = head | token
         self._bell[0] = time.monotonic_ns() & 0xFFFFFFFF  # new to every sleeper
-        futex.wake_all(self._bell)
+        self._futex.wake(self._bell_address)
 
     def read(
         self,
@@ -112,4 +101,4 @@ class TokenBoard:
             if waited > timeout_s:
                 raise TimeoutError(f"no token in board slots {slots[missing].tolist()}")
             if waited > self._spin_s:
-                futex.wait(self._bell, bell, SLEEP_S)
+                self._futex.wait(self._bell_address, bell, SLEEP_S)
