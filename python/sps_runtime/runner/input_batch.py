@@ -82,12 +82,19 @@ class InputBatch:
     board_tokens: dict[int, int]
 
 
-def build_input(plan: StepPlan, layout: ShardLayout, member: int, board: TokenBoard) -> InputBatch:
+def build_input(
+    plan: StepPlan,
+    layout: ShardLayout,
+    member: int,
+    board: TokenBoard,
+    timeout_s: float = 60.0,
+) -> InputBatch:
     """This rank's part of a step; waits for board tokens that this rank computes.
 
     Args:
         layout: the plan's.
         member: this rank's index in the plan's group.
+        timeout_s: how long such a token may take.
 
     Raises:
         TimeoutError: when a token that the plan names does not appear on the board.
@@ -101,7 +108,7 @@ def build_input(plan: StepPlan, layout: ShardLayout, member: int, board: TokenBo
         sequences = layout.sequences(member)[missing].tolist()
         slots = np.array([plan.sequences[i].slot for i in sequences])
         epochs = np.array([plan.sequences[i].board_epoch for i in sequences])
-        tokens_T[missing] = board.read(slots, epochs)
+        tokens_T[missing] = board.read(slots, epochs, timeout_s)
         board_tokens = dict(zip(sequences, tokens_T[missing].tolist(), strict=True))
     wanted = [i for i, sequence in enumerate(plan.sequences) if sequence.sample is not None]
     return InputBatch(

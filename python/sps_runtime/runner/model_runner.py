@@ -1,0 +1,190 @@
+"""Executes plans: the model's forward over a step's context, sampling, the acknowledgement.
+
+A runner keeps nothing of a sequence. A recorded list of plans, sent in order, makes it compute the
+same again (`replay`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.sequence_parallel.build import sequence_attention
+from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.config.parallel import Arch
+from sps_runtime.layers.placement import GroupLinks, place
+from sps_runtime.layers.step import LinearPlacement, StepContext
+from sps_runtime.runner.input_batch import InputBatch, build_input
+from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
+from sps_runtime.runner.publish import SampledHere, publish
+from sps_runtime.runner.sampler import sample
+from sps_runtime.runner.token_board import TokenBoard
+from sps_runtime.types.plan import (
+    PromptLogprobs,
+    SampledToken,
+    StepCounters,
+    StepPlan,
+    StepResult,
+)
+
+
+class Model(Protocol):
+    """What a runner needs of a model (`models.decoder.Decoder`)."""
+
+    def forward(self, input_ids_T: Tensor, step: StepContext) -> Tensor:
+        """Ids ``[my tokens]`` -> ``[my tokens, hidden]``."""
+        ...
+
+    def logits(self, hidden_RD: Tensor, head: LinearPlacement) -> Tensor:
+        """``[my rows, hidden]`` -> ``[my rows, vocab]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One plan as this rank sees it.
+
+    Attributes:
+        member: this rank's index in the group.
+        links: the group's communicators.
+        batch: tokens and rows.
+        context: what the model's forward is given.
+    """
+
+    plan: StepPlan
+    member: int
+    links: GroupLinks
+    batch: InputBatch
+    context: StepContext
+
+
+class ModelRunner:
+    """One global rank's executor.
+
+    Args:
+        model: this TP rank's.
+        vocab: ids that the model knows.
+        means: pools, links, fences, backend.
+        board: the host's token board.
+        arch: what sharded tokens meet: whole weights or cut ones.
+        token_timeout_s: how long a token that a plan names may take to appear on the board.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        vocab: int,
+        means: AttentionContext,
+        board: TokenBoard,
+        arch: Arch,
+        token_timeout_s: float = 300.0,
+    ) -> None:
+        self._model = model
+        self._vocab = vocab
+        self._means = means
+        self._board = board
+        self._arch = arch
+        self._token_timeout_s = token_timeout_s
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one plan that this rank is in; all ranks of its group do, in the order of epochs.
+
+        Raises:
+            ConnectionError, TimeoutError: a peer or an awaited token did not come.
+            ValueError: the plan contradicts itself.
+        """
+        began, waited = time.perf_counter(), self._board.waited_s
+        traffic = self._means.traffic
+        traffic.take()
+        step = self._prepare(plan)
+        hidden_TD = self._model.forward(step.batch.tokens_T, step.context)
+        sampled = self._sample(step, hidden_TD)
+        judged = self._judge(step, hidden_TD)
+        took = traffic.take()
+        exposed = took.exposed_s + self._board.waited_s - waited
+        counters = StepCounters(
+            sent_bytes=took.attention_bytes,
+            physical_bytes=took.physical_bytes,
+            linear_bytes=took.linear_bytes,
+            exposed_s=exposed,
+            compute_s=max(0.0, time.perf_counter() - began - exposed),
+            token_layers=len(step.batch.tokens_T) * self._means.store.shape.layers,
+        )
+        return StepResult(plan.epoch, self._means.mesh.rank, sampled, judged, counters)
+
+    def _prepare(self, plan: StepPlan) -> Step:
+        means, shape = self._means, self._means.store.shape
+        layout = ShardLayout(plan, page_size=shape.page_size, pages_per_rank=shape.slots)
+        member = layout.member(means.mesh.sp_rank)
+        batch = build_input(plan, layout, member, self._board, self._token_timeout_s)
+        links = self._links(plan.group)
+        context = StepContext(
+            positions_T=batch.positions_T,
+            linear=place(plan.placement, self._arch, links, layout.rows),
+            attend=sequence_attention(plan, layout, means),
+        )
+        return Step(plan, member, links, batch, context)
+
+    def _links(self, group: tuple[int, ...]) -> GroupLinks:
+        mesh, mailroom = self._means.mesh, self._means.mailroom
+        world = tuple(rank * mesh.tp_size + tp for rank in group for tp in range(mesh.tp_size))
+        return GroupLinks(
+            sp=mailroom.group(mesh.sp_peers(group)),
+            tp=mailroom.group(mesh.tp_peers()),
+            world=mailroom.group(world),
+        )
+
+    def _logits(self, step: Step, hidden_TD: Tensor, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Logits of some of this rank's rows; `counts` are the rows of each member."""
+        head = place(step.plan.placement, self._arch, step.links, counts)
+        if head.whole and not len(rows):
+            return hidden_TD.new_empty(0, self._vocab)
+        return self._model.logits(hidden_TD[rows], head)
+
+    def _speaks(self, step: Step) -> bool:
+        """Whether this rank samples and reports: the others of its kind hold the same logits."""
+        replica = step.plan.placement == "replicated" and step.member > 0
+        return self._means.mesh.tp_rank == 0 and not replica
+
+    def _sample(self, step: Step, hidden_TD: Tensor) -> tuple[SampledToken, ...]:
+        batch, plan = step.batch, step.plan
+        rows = batch.sampled
+        if not any(rows.per_member):
+            return ()
+        logits_RV = self._logits(step, hidden_TD, rows.rows, rows.per_member)
+        sequences = rows.sequences.tolist() if self._speaks(step) else []
+        found = sample(logits_RV, plan, sequences, batch.board_tokens) if sequences else []
+        if self._means.mesh.tp_rank == 0:
+            self._publish(step, SampledHere(sequences, [token.token for token in found]))
+        return tuple(found)
+
+    def _publish(self, step: Step, sampled: SampledHere) -> None:
+        plan, by_member = step.plan, step.batch.sampled.by_member
+        samplers = [sequences.tolist() for sequences in by_member]
+        if plan.placement == "replicated":
+            samplers[1:] = [[] for _ in samplers[1:]]
+        hosts = [self._means.hosts[rank] for rank in plan.group]
+        publish(plan, sampled, samplers, hosts, step.links.sp, self._board)
+
+    def _judge(self, step: Step, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
+        judged, sequences = step.batch.judged, step.plan.sequences
+        if not any(judged.per_member):
+            return ()
+        logits = partial(self._logits, step, hidden_TD)
+        values = judge_prompt(judged, sequences, self._vocab, logits)
+        return as_runs(judged, values, sequences) if self._speaks(step) else ()
+
+
+def replay(runner: ModelRunner, plans: Iterable[StepPlan]) -> Iterator[StepResult]:
+    """Execute recorded plans in order. Tokens that they name come from the board: what this runner
+    and its peers sampled, or a recorded board."""
+    for plan in plans:
+        yield runner.execute(plan)
