@@ -23,6 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sps_runtime.distributed.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    reduce_scatter,
+)
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.layers.step import LinearPlacement
@@ -73,7 +79,7 @@ class WholeWeights:
         return F.linear(y_TN, weight_DN)
 
     def leave(self, x_TD: Tensor) -> Tensor:
-        return all_reduce(self.links.tp, x_TD)
+        return all_reduce(self.links.tp, x_TD, "linear")
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
         return y_TN
@@ -107,9 +113,8 @@ def gather_columns(comm: Communicator, y_TN: Tensor, columns: int, unit: int = 1
     if comm.size == 1:
         return y_TN
     bounds = unit_shares(columns, unit, comm.size)
-    parts = [y_TN.new_empty(len(y_TN), end - begin) for begin, end in bounds]
-    comm.exchange([y_TN.contiguous()] * comm.size, parts, "linear")
-    return torch.cat(parts, dim=1)
+    shapes = [(len(y_TN), end - begin) for begin, end in bounds]
+    return torch.cat(all_to_all(comm, [y_TN.contiguous()] * comm.size, shapes, "linear"), dim=1)
 
 
 def widths_each(columns: Sequence[int], unit: int, parts: int) -> list[list[int]]:
@@ -142,7 +147,7 @@ class ShardedWeights:
     whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
-        return gather_rows(self.links.sp, x_TD, self.rows)
+        return all_gather(self.links.sp, x_TD, self.rows, "linear")
 
     def column(
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
@@ -153,7 +158,8 @@ class ShardedWeights:
         return cut_row(self.links.sp, y_TN, weight_DN, unit)
 
     def leave(self, x_TD: Tensor) -> Tensor:
-        return all_reduce(self.links.tp, reduce_scatter_rows(self.links.sp, x_TD, self.rows))
+        mine_TD = reduce_scatter(self.links.sp, x_TD, self.rows, "linear")
+        return all_reduce(self.links.tp, mine_TD, "linear")
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
         return self.to_tokens_each([y_TN], [columns], unit)[0]
@@ -163,9 +169,8 @@ class ShardedWeights:
     ) -> list[Tensor]:
         sp = self.links.sp
         widths = widths_each(columns, unit, sp.size)
-        together = beside(ys_TN)
-        parts = [together.new_empty(self.rows[sp.rank], sum(width)) for width in widths]
-        sp.exchange(together.split(self.rows), parts, "linear")
+        shapes = [(self.rows[sp.rank], sum(width)) for width in widths]
+        parts = all_to_all(sp, beside(ys_TN).split(self.rows), shapes, "linear")
         return columns_each(parts, widths)
 
     def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
@@ -200,7 +205,7 @@ class ReplicatedTokens:
         return cut_row(self.links.sp, y_TN, weight_DN, unit)
 
     def leave(self, x_TD: Tensor) -> Tensor:
-        return all_reduce(self.links.world, x_TD)
+        return all_reduce(self.links.world, x_TD, "linear")
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
         return gather_columns(self.links.sp, y_TN, columns, unit)
@@ -211,9 +216,8 @@ class ReplicatedTokens:
         sp = self.links.sp
         widths = widths_each(columns, unit, sp.size)
         together = beside(ys_TN)
-        parts = [together.new_empty(len(together), sum(width)) for width in widths]
-        sp.exchange([together] * sp.size, parts, "linear")
-        return columns_each(parts, widths)
+        shapes = [(len(together), sum(width)) for width in widths]
+        return columns_each(all_to_all(sp, [together] * sp.size, shapes, "linear"), widths)
 
     def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
         return gather_columns(self.links.tp, y_RN, vocab)
