@@ -1,0 +1,81 @@
+"""The outputs of several sequences as one stream, woken once for many messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from sps_runtime.frontend.request_state import Output, RequestState
+
+
+class OutputGroup:
+    """All sequences of one client request; one task reads it.
+
+    Every sequence yields any number of outputs and exactly one that has `finish` set. What arrives
+    while the reader is busy is joined, so a slow reader costs one buffer, not a queue.
+
+    Args:
+        states: the sequences, in order.
+        abort: ends given sequences that have not ended yet.
+        interval: tokens that a sequence gathers before its reader is woken.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[RequestState],
+        abort: Callable[[Sequence[RequestState], str], None],
+        interval: int = 1,
+    ) -> None:
+        self.states = tuple(states)
+        self._abort = abort
+        self._interval = interval
+        self._open = len(states)
+        self._ready: deque[RequestState] = deque()
+        self._queued: set[str] = set()
+        self._wake = asyncio.Event()
+
+    def notify(self, state: RequestState) -> None:
+        """Called by the manager when `state` has news."""
+        first = 0 < state.pending_tokens == state.completion_tokens
+        due = first or state.pending_tokens >= self._interval or state.finish is not None
+        if not due or state.rid in self._queued:
+            return
+        self._queued.add(state.rid)
+        self._ready.append(state)
+        self._wake.set()
+
+    async def next(self, timeout_s: float | None = None) -> Output | None:
+        """Return the next output; None when none came in time.
+
+        Raises:
+            StopAsyncIteration: every sequence has given its last output.
+        """
+        while not self._ready:
+            if not self._open:
+                raise StopAsyncIteration
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                return None
+        state = self._ready.popleft()
+        self._queued.discard(state.rid)
+        output = state.take()
+        if output.finish is not None:
+            self._open -= 1
+        return output
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        while True:
+            try:
+                output = await self.next()
+            except StopAsyncIteration:
+                return
+            assert output is not None
+            yield output
+
+    def abort(self, why: str = "the client went away") -> None:
+        """End every sequence that still runs; harmless when none does."""
+        self._abort(self.states, why)
