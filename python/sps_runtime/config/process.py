@@ -44,8 +44,11 @@ class LogConfig(msgspec.Struct, frozen=True):
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One global rank. Inherited descriptors: ``kv.<global rank>`` of every rank of this host,
-    ``board``, ``fences``, ``weights``.
+    """One global rank.
+
+    Inherited descriptors, all memfds and all but the board empty until who knows their shape grows
+    them (`distributed.regions.map_region`): ``kv.<global rank>`` of every rank of this host,
+    ``board`` (a word per request that may run), ``fences``, ``links``, ``weights``.
     """
 
     rank: int

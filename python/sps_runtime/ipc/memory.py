@@ -7,12 +7,15 @@ import mmap
 import os
 
 
-def create_memory(name: str, size: int) -> int:
+def create_memory(name: str, size: int = 0) -> int:
     """Return the descriptor of a zeroed memfd of `size` bytes that cannot shrink or grow.
 
-    `name` shows up in /proc/*/fd alone. Pages are allocated when they are first touched.
+    Of size 0: an empty one that whoever knows its shape grows when mapping it. `name` shows up in
+    /proc/*/fd alone. Pages are allocated when they are first touched.
     """
     descriptor = os.memfd_create(f"sps-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if not size:
+        return descriptor
     try:
         os.ftruncate(descriptor, size)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

@@ -9,6 +9,7 @@ on a pipe that only the parent holds open.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
@@ -49,7 +50,7 @@ _status_decoder: msgspec.json.Decoder[ChildStatus] = msgspec.json.Decoder(ChildS
 # ---------------------------------------------------------------------------------- the parent
 
 
-@dataclass
+@dataclass(eq=False)
 class Child:
     """A started child as its parent sees it.
 
@@ -107,7 +108,7 @@ def spawn(
         name: for logs and the process list.
         fds: further descriptors, inherited under these names (they stay open here).
         cores: logical CPUs that the child binds itself to before it imports anything heavy.
-        environment: variables added to this process's.
+        environment: all of the child's variables; this process's unless told.
 
     The death signal fires when the *thread* that forked ends, so it is asked for only when this is
     the main thread; elsewhere the pipe alone tells the child.
@@ -133,7 +134,7 @@ def spawn(
             command,
             stdin=subprocess.DEVNULL,
             pass_fds=tuple(named.values()),
-            env={**os.environ, **environment} if environment else None,
+            env=environment,
         )
     except BaseException:
         os.close(alive_write)
@@ -213,8 +214,9 @@ def child_context(
 ) -> Iterator[ChildContext[C]]:
     """Take over what `spawn` sent. Call it first, in the main thread.
 
-    SIGINT is ignored: Ctrl-C reaches the whole foreground group, and the parent decides. Any
-    exception is reported to the parent as one line and ends the process with status 1.
+    SIGUSR1 prints the stacks of all threads. SIGINT is ignored: Ctrl-C reaches the whole foreground
+    group, and the parent decides. Any exception is reported to the parent as one line and ends the
+    process with status 1.
 
     Args:
         survive_to_clean_up: do not ask for SIGKILL at the parent's death; the process sees EOF, and
@@ -233,6 +235,7 @@ def child_context(
         os.sched_setaffinity(0, boot.cores)
     for descriptor in boot.fds.values():
         os.set_inheritable(descriptor, False)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     with open(boot.fds["config"], "rb") as file:
         raw = file.read()
     child = ChildContext(boot, msgspec.json.decode(raw, type=config_type))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,10 @@ import pytest
 from sps_runtime.ipc.process import Child, ChildFailed, ChildReady, ChildStatus, spawn
 
 HERE = Path(__file__).parent
-CHILD_PATH = {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+CHILD_PATH = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
+}
 
 
 class ChildConfig(msgspec.Struct):
@@ -111,12 +116,9 @@ def test_a_child_outlives_the_thread_that_started_it(children: list[Child]) -> N
 
 
 def test_nothing_is_started_by_hand(capfd: pytest.CaptureFixture[str]) -> None:
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "child_program"],
-        env={**os.environ, **CHILD_PATH},
+        env=CHILD_PATH,
         capture_output=True,
         text=True,
         timeout=20,

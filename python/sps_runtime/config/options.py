@@ -1,0 +1,75 @@
+"""What a user may ask for when starting an engine; None means: choose for me.
+
+`launch.sizing.settle` turns wishes into an `EngineConfig`, where every choice is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sps_runtime.config.parallel import ParallelConfig
+from sps_runtime.config.scheduler import SchedulerConfig
+from sps_runtime.types.errors import ConfigError
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "echo"]
+EMBEDDED = "embedded"
+"""The model path that names the model inside this package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Attributes are those of `EngineConfig` where they have the same name; the others:
+
+    Attributes:
+        max_total_tokens: tokens of KV over all ranks.
+        pages_per_rank: the same, told in pages of one SP rank.
+        mem_fraction_static: share of this host's free memory for KV (SGLang's name).
+        bind_cores: bind each rank to cores of its own where there are enough.
+        dist_key_file: file with the secret that hosts of one engine share.
+    """
+
+    model_path: str = EMBEDDED
+    tokenizer_path: str = ""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: DeviceChoice = "auto"
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    context_length: int | None = None
+    page_size: int | None = None
+    max_total_tokens: int | None = None
+    pages_per_rank: int | None = None
+    mem_fraction_static: float | None = None
+    enable_prefix_cache: bool = True
+    eviction: str = "lru"
+    kv_cache_dtype: str = "auto"
+    threads_per_rank: int | None = None
+    bind_cores: bool = True
+    random_seed: int = 0
+    attention_backend: str = "auto"
+    watchdog_timeout_s: float = 300.0
+    echo_delay_s: float = 0.0
+    dist_key_file: str = ""
+    log_level: str = "info"
+    log_format: Literal["plain", "json"] = "plain"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        least_one = (
+            "context_length",
+            "page_size",
+            "max_total_tokens",
+            "pages_per_rank",
+            "threads_per_rank",
+        )
+        for name in least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        share = self.mem_fraction_static
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"mem_fraction_static must lie between 0 and 1, not {share}")
+        if not self.watchdog_timeout_s > 0:
+            raise ConfigError("watchdog_timeout must be positive")
+        if not self.echo_delay_s >= 0:
+            raise ConfigError("echo_delay must not be negative")

@@ -1,0 +1,120 @@
+"""The scheduler and the ranks of one host, with the memory and the directory they share."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+
+from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.model import ModelConfig
+from sps_runtime.config.process import (
+    LogConfig,
+    RankConfig,
+    SchedulerProcessConfig,
+    local_endpoints,
+)
+from sps_runtime.ipc.heartbeat import HEARTBEAT_BYTES, Heartbeat
+from sps_runtime.ipc.memory import create_memory
+from sps_runtime.ipc.process import Child, spawn
+from sps_runtime.ipc.run_dir import create_run_dir
+from sps_runtime.runner.token_board import board_bytes
+
+SCHEDULER_MODULE = "sps_runtime.scheduler.process"
+RANK_MODULES = {
+    "cpu": "sps_runtime.runner.process",
+    "echo": "sps_runtime.runner.echo_process",
+}
+
+
+class EngineProcesses:
+    """Owns a run directory, the shared memory, and the processes of an engine without HTTP.
+
+    Nothing here has a name outside the run directory; when this process dies, memory goes with the
+    last process that maps it.
+
+    Attributes:
+        run_dir: `ipc.run_dir.RunDir`.
+        endpoints: of all links.
+        children: started so far, the scheduler first.
+        heartbeat: the scheduler's.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, log: LogConfig) -> None:
+        self.config = config
+        self.model = model
+        self.log = log
+        self.children: list[Child] = []
+        self.run_dir = create_run_dir()
+        self.endpoints = local_endpoints(self.run_dir.path, config.parallel.world_size)
+        ranks = self.local_ranks()
+        self._memory = {f"kv.{rank}": create_memory(f"kv.{rank}") for rank in ranks}
+        for name in ("fences", "links", "weights"):
+            self._memory[name] = create_memory(name)
+        slots = config.scheduler.max_running_requests
+        self._memory["board"] = create_memory("board", board_bytes(slots))
+        self._heartbeat_fd = create_memory("heartbeat", HEARTBEAT_BYTES)
+        self.heartbeat = Heartbeat(self._heartbeat_fd)
+
+    def local_ranks(self) -> range:
+        """Global ranks of this host."""
+        parallel = self.config.parallel
+        per_node = parallel.world_size // parallel.nnodes
+        return range(parallel.node_rank * per_node, (parallel.node_rank + 1) * per_node)
+
+    def start(self) -> None:
+        """Start scheduler and ranks; they report by their status lines when they are ready."""
+        self._start_scheduler()
+        for index, rank in enumerate(self.local_ranks()):
+            self._start_rank(index, rank)
+
+    def _start_scheduler(self) -> None:
+        settings = SchedulerProcessConfig(
+            engine=self.config,
+            endpoints=self.endpoints,
+            eos_token_ids=self.model.eos_token_ids,
+            vocab_size=self.model.vocab_size,
+            log=self.log,
+        )
+        fds = {"heartbeat": self._heartbeat_fd}
+        self.children.append(spawn(SCHEDULER_MODULE, settings, name="scheduler", fds=fds))
+
+    def _start_rank(self, index: int, rank: int) -> None:
+        settings = RankConfig(
+            rank=rank,
+            engine=self.config,
+            endpoints=self.endpoints,
+            run_dir=str(self.run_dir.path),
+            log=self.log,
+        )
+        module = RANK_MODULES[self.config.device]
+        cores = self.config.cores[index] if self.config.cores else ()
+        child = spawn(
+            module,
+            settings,
+            name=f"rank-{rank}",
+            fds=self._memory,
+            cores=cores,
+        )
+        self.children.append(child)
+
+    def kill(self) -> None:
+        """SIGKILL what still runs."""
+        kill_all(self.children)
+
+    def close(self) -> None:
+        """End everything and leave nothing behind."""
+        self.kill()
+        for child in self.children:
+            child.close()
+        self.children.clear()
+        for descriptor in (*self._memory.values(), self._heartbeat_fd):
+            os.close(descriptor)
+        self._memory.clear()
+        self.run_dir.remove()
+
+
+def kill_all(children: Iterable[Child], number: int = signal.SIGKILL) -> None:
+    """Signal all children."""
+    for child in children:
+        child.kill(number)

@@ -1,0 +1,38 @@
+"""From options to a running server and its exit status."""
+
+from __future__ import annotations
+
+import sys
+
+from sps_runtime.config.options import EngineOptions
+from sps_runtime.config.process import LogConfig
+from sps_runtime.config.server import ServerConfig
+from sps_runtime.launch.checks import bind_http, check_model
+from sps_runtime.launch.processes import EngineProcesses
+from sps_runtime.launch.sizing import settle
+from sps_runtime.launch.supervisor import STOP_SIGNALS, Supervisor
+from sps_runtime.launch.watch import Watch
+from sps_runtime.telemetry.logs import setup_logging
+from sps_runtime.types.errors import ConfigError
+
+
+def serve(
+    options: EngineOptions, server: ServerConfig, *, allow_unauthenticated: bool = False
+) -> int:
+    """Start a server in this process's main thread and run it to its end.
+
+    What is wrong with the configuration is one line on stderr and status 2, before anything heavy
+    starts.
+    """
+    log = LogConfig(options.log_level, options.log_format)
+    setup_logging(log.level, log.format, "supervisor")
+    watch = Watch()
+    with watch.signals(*STOP_SIGNALS):
+        try:
+            listener = bind_http(server, allow_unauthenticated=allow_unauthenticated)
+            directory, model = check_model(options)
+            engine = EngineProcesses(settle(options, model, directory), model, log)
+        except (ConfigError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return Supervisor(engine, server, listener, watch).run()

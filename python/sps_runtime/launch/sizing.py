@@ -1,0 +1,131 @@
+"""Make every choice that a user left open: dtype, pages, cores, threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+from sps_runtime.config.cache import CacheConfig
+from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.model import ModelConfig
+from sps_runtime.config.options import EngineOptions
+from sps_runtime.types.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PAGE_SIZE = 64
+DEFAULT_KV_SHARE = 0.5
+DEFAULT_TOKENS_CAP = 1 << 20
+"""Tokens of KV at most unless told: more helps few, and holds memory that others may need."""
+ECHO_BYTES_PER_TOKEN = 16
+_ITEMSIZE = {"bfloat16": 2, "float32": 4}
+
+
+def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> EngineConfig:
+    """Turn wishes into settings, on the machine that this runs on.
+
+    Raises:
+        ConfigError: when they do not fit together, or not into this machine.
+    """
+    parallel = options.parallel
+    dtype = model.resolve_dtype(options.dtype)
+    local_ranks = parallel.world_size // parallel.nnodes
+    cores = sorted(os.sched_getaffinity(0))
+    threads = options.threads_per_rank or max(1, len(cores) // local_ranks)
+    page_size = options.page_size or DEFAULT_PAGE_SIZE
+    return EngineConfig(
+        model_path=str(model_dir),
+        tokenizer_path=options.tokenizer_path or str(model_dir),
+        dtype="bfloat16" if dtype == "bfloat16" else "float32",
+        device=_device(options),
+        load_format=options.load_format,
+        context_length=options.context_length or model.context_length,
+        threads_per_rank=threads,
+        cores=_assign_cores(cores, local_ranks, threads) if options.bind_cores else (),
+        seed=options.random_seed,
+        attention_backend=options.attention_backend,
+        watchdog_timeout_s=options.watchdog_timeout_s,
+        echo_delay_s=options.echo_delay_s,
+        parallel=parallel,
+        scheduler=options.scheduler,
+        cache=CacheConfig(
+            page_size=page_size,
+            pages_per_rank=_pages_per_rank(options, model, dtype, page_size),
+            enable_prefix_cache=options.enable_prefix_cache,
+            eviction=options.eviction,
+            kv_dtype=dtype,
+        ),
+    )
+
+
+def _device(options: EngineOptions) -> Literal["cpu", "cuda", "echo"]:
+    if options.device == "auto":
+        return "cpu"
+    if options.device == "cuda":
+        raise ConfigError("device cuda: this version has no attention backend for GPUs; use cpu")
+    return options.device
+
+
+def _assign_cores(cores: list[int], ranks: int, threads: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive cores for each rank, or nothing when there are not enough for all."""
+    if ranks * threads > len(cores):
+        return ()
+    return tuple(tuple(cores[rank * threads : (rank + 1) * threads]) for rank in range(ranks))
+
+
+def kv_bytes_per_token(model: ModelConfig, tp_size: int, itemsize: int) -> int:
+    """Bytes of one token's K and V on all TP peers of its SP rank together."""
+    heads = model.kv_heads_per_rank(tp_size) * tp_size
+    return 2 * model.num_layers * heads * model.head_dim * itemsize
+
+
+def _pages_per_rank(options: EngineOptions, model: ModelConfig, dtype: str, page_size: int) -> int:
+    """Pages of one SP rank: as told, else a share of what is free, within reason."""
+    sp_size, tp_size = options.parallel.sp_size, options.parallel.tp_size
+    if options.pages_per_rank is not None:
+        return options.pages_per_rank
+    if options.max_total_tokens is not None:
+        return -(-options.max_total_tokens // (sp_size * page_size))
+    per_token = kv_bytes_per_token(model, tp_size, _ITEMSIZE[dtype])
+    if options.device == "echo":
+        per_token = ECHO_BYTES_PER_TOKEN
+    free = available_memory()
+    share = options.mem_fraction_static or DEFAULT_KV_SHARE
+    tokens = int(free * share) // per_token * options.parallel.nnodes
+    if options.mem_fraction_static is None:
+        tokens = min(tokens, DEFAULT_TOKENS_CAP)
+    pages = tokens // (sp_size * page_size)
+    if pages < 1:
+        raise ConfigError(f"{free >> 20} MiB of free memory hold no page of {page_size} tokens")
+    return pages
+
+
+def available_memory() -> int:
+    """Bytes that this process may still use: the machine's, or its control group's if less."""
+    available = _meminfo("MemAvailable")
+    for limit, used in _CGROUP_FILES:
+        try:
+            room = int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # not mounted, or "max"
+            continue
+        available = min(available, max(room, 0))
+    return available
+
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def _meminfo(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if key == name:
+            return int(rest.split()[0]) * 1024
+    raise OSError(f"/proc/meminfo has no {name}")

@@ -1,0 +1,56 @@
+"""What importing a package costs and brings along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from test.hygiene.lint import PACKAGE
+
+TORCH_FREE = (
+    "types",
+    "config",
+    "ipc",
+    "telemetry",
+    "costmodel",
+    "kvcache",
+    "scheduler",
+    "frontend",
+    "server",
+)
+LAUNCH_SERVER_S = 0.5
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip()
+
+
+def modules_of(package: str) -> list[str]:
+    files = sorted((PACKAGE / package).rglob("*.py"))
+    names = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+@pytest.mark.parametrize("package", TORCH_FREE)
+def test_torch_never_comes_along(package: str) -> None:
+    modules = modules_of(package)
+    if not modules:
+        pytest.skip(f"{package} does not exist yet")
+    code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\n"
+    assert run(code + "print(*{m.split('.')[0] for m in sys.modules} & {'torch'})") == ""
+
+
+def test_the_launcher_imports_fast_and_without_torch() -> None:
+    def seconds(module: str) -> float:
+        began = time.perf_counter()
+        run(f"import {module}, sys; assert 'torch' not in sys.modules")
+        return time.perf_counter() - began
+
+    bare = min(seconds("json") for _ in range(3))
+    ours = min(seconds("sps_runtime.launch_server") for _ in range(5))
+    assert ours - bare < LAUNCH_SERVER_S, f"{ours:.2f} s with {bare:.2f} s of bare Python"
