@@ -78,7 +78,9 @@ class Tokenizer:
 
         The beginning-of-sequence token is not doubled when the text brings its own.
         """
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: `encode` keeps the GIL, which stops every thread while it runs.
+        batch = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
         if add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self._bos_id:
             return ids[1:]
         return ids
