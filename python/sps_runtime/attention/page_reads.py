@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,13 +118,3 @@ def ranges(first: Ints, count: Ints) -> Ints:
 def row_index(rows: Ints) -> Tensor:
     """Rows as an index tensor."""
     return torch.from_numpy(rows)
-
-
-def join_runs(parts: Sequence[tuple[Runs, int]]) -> Runs:
-    """Runs of several members as one, each part's rows shifted by its offset."""
-    return Runs(
-        np.concatenate([runs.sequence for runs, _ in parts]),
-        np.concatenate([runs.row + offset for runs, offset in parts]),
-        np.concatenate([runs.count for runs, _ in parts]),
-        np.concatenate([runs.position for runs, _ in parts]),
-    )

@@ -67,7 +67,7 @@ class KVReads:
         self._step = step
         layout, me = step.layout, step.me
         owners = layout.pages.owners
-        readable = np.asarray(step.context.store.readable)[owners]
+        readable = step.readable()
         need = needed(layout, readers[me], window)
         self.in_place = self._runs(readers[me], np.flatnonzero(readable), window)
         mine = owners == step.context.mesh.sp_rank
@@ -158,7 +158,7 @@ class KVReads:
         need = [needed(layout, runs, window) for runs in readers]
         sources = [self._index(need[step.me], owner, step.me) for owner in range(step.size)]
         reached = np.isin(layout.pages.owners, layout.group)
-        reached |= np.asarray(step.context.store.readable)[layout.pages.owners]
+        reached |= step.readable()
         if (need[step.me] & ~reached).any():
             raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")
         self._incoming = Staging.of([self._shipment(index) for index in sources])
@@ -191,7 +191,7 @@ class KVReads:
 
     def _exchange(self, layer: int, shares: Sequence[HeadShare]) -> PagePool:
         step, staging = self._step, self._incoming
-        assert staging is not None and step.communicator is not None
+        assert staging is not None
         own = step.context.store.own
         k, v = own.k[layer], own.v[layer]
         send = [
@@ -200,6 +200,6 @@ class KVReads:
         ]
         begin, end = shares[step.me].kv
         recv = staging.buffers(k, end - begin)
-        step.communicator.exchange(send, recv, "attention")
+        step.communicate(send, recv)
         pools = staging.pools(recv, end - begin, k.shape[-1])
         return PagePool(pools[0], pools[1], staging.slots_per_rank)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,6 +38,16 @@ class StepState:
         """Whether members a and b read each other's pools in place."""
         hosts, group = self.context.hosts, self.layout.group
         return hosts[group[a]] == hosts[group[b]]
+
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """Which pages of the layout's table this rank can read in place."""
+        return np.asarray(self.context.store.readable)[self.layout.pages.owners]
+
+    def communicate(self, send: Sequence[Tensor], recv: Sequence[Tensor]) -> None:
+        """Exchange attention traffic with the group."""
+        if self.communicator is None:
+            raise ValueError("a group of one has nobody to send to")
+        self.communicator.exchange(send, recv, "attention")
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Put this rank's share of the new KV into its pool."""

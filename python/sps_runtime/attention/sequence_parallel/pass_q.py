@@ -1,0 +1,157 @@
+"""Pass-Q: KV stays where it lies, queries travel, and (o, lse) comes back.
+
+Every owner in the group attends with the queries that see some of its pages, the home rank merges.
+Meta's context parallelism uses it for prefill behind a long cached prefix; with one new token a
+sequence it is sequence-parallel decode (LoongServe's multi-master decode, Infinite-LLM's
+DistAttention): a token's home is the owner of its page, so no KV ever moves. Bytes per query, layer
+and remote owner: ``Hq d b`` there and ``Hq (d b + 4)`` back, whatever the context's length.
+
+Committed pages on a rank of this host outside the group are read in place by the query's home.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from sps_runtime.attention.backend import QueryRun
+from sps_runtime.attention.page_reads import (
+    Pieces,
+    cut_pieces,
+    needed,
+    packed_rows,
+    query_runs,
+    row_index,
+)
+from sps_runtime.attention.sequence_parallel.partials import pack, packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.shard_layout import Ints
+from sps_runtime.ops.merge_state import merge_rows_
+
+
+@dataclass(frozen=True)
+class _Routes:
+    """Whose queries go where, for one window.
+
+    Attributes:
+        own: this rank's queries over what it reads itself.
+        guests: queries that arrived, behind this rank's own in one tensor, over its own pages.
+        rows_out: per member, this rank's rows that go there.
+        counts_in: per member, how many rows come from there.
+        outside_tokens: tokens read in place outside the group.
+    """
+
+    own: list[QueryRun]
+    guests: list[QueryRun]
+    rows_out: list[Tensor]
+    counts_in: list[int]
+    outside_tokens: int
+
+
+class PassQ:
+    """`layers.step.SequenceAttention` of one step."""
+
+    def __init__(self, step: StepState) -> None:
+        self._step = step
+        self._routes: dict[int | None, _Routes] = {}
+
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        step = self._step
+        step.write(layer, k_TKD, v_TKD)
+        routes = self._routes.get(window)
+        if routes is None:
+            routes = self._routes[window] = self._plan(window)
+        all_q = self._gather_queries(q_THD, routes)
+        step.context.traffic.attention_bytes += (
+            routes.outside_tokens * step.context.store.shape.token_bytes
+        )
+        partial = step.context.backend.partial(
+            all_q,
+            routes.own + routes.guests,
+            step.context.pages(layer),
+            scale=scale,
+            window=window,
+        )
+        return self._return_partials(partial.o, partial.lse, q_THD, routes)
+
+    def _gather_queries(self, q_THD: Tensor, routes: _Routes) -> Tensor:
+        """This rank's queries, then those that each member sent."""
+        step = self._step
+        rows = len(q_THD)
+        all_q = q_THD.new_empty((rows + sum(routes.counts_in), *q_THD.shape[1:]))
+        all_q[:rows] = q_THD
+        recv = list(all_q[rows:].split(routes.counts_in))
+        step.communicate([q_THD[out] for out in routes.rows_out], recv)
+        return all_q
+
+    def _return_partials(
+        self, o_THD: Tensor, lse_TH: Tensor, q_THD: Tensor, routes: _Routes
+    ) -> Tensor:
+        """Send guests' partials home, and merge what comes home into this rank's own."""
+        rows, heads, dim = q_THD.shape
+        sizes = [rows, *routes.counts_in]
+        own_o, *guest_o = o_THD.split(sizes)
+        own_lse, *guest_lse = lse_TH.split(sizes)
+        send = [pack(o, lse, q_THD.dtype) for o, lse in zip(guest_o, guest_lse, strict=True)]
+        recv = [
+            send[0].new_empty(packed_bytes(len(out), heads, dim, q_THD.dtype))
+            for out in routes.rows_out
+        ]
+        self._step.communicate(send, recv)
+        for out, message in zip(routes.rows_out, recv, strict=True):
+            if len(out):
+                part = unpack(message, len(out), heads, dim, q_THD.dtype)
+                merge_rows_(own_o, own_lse, out, *part)
+        return own_o.to(q_THD.dtype)
+
+    def _plan(self, window: int | None) -> _Routes:
+        step, layout = self._step, self._step.layout
+        owners, mine = layout.pages.owners, step.context.mesh.sp_rank
+        runs = layout.runs(step.me)
+        outside = ~np.isin(owners, layout.group)
+        read_here = np.flatnonzero(outside | (owners == mine))
+        if (outside & needed(layout, runs, window) & ~step.readable()).any():
+            raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")
+        owned = np.flatnonzero(owners == mine)
+        guests = [
+            self._pieces(member, owned, window) if member != step.me else None
+            for member in range(step.size)
+        ]
+        sent = [
+            self._pieces(step.me, np.flatnonzero(owners == sp_rank), window)
+            if sp_rank != mine
+            else None
+            for sp_rank in layout.group
+        ]
+        counts = [0 if g is None else int(g.runs.count.sum()) for g in guests]
+        guest_runs: list[QueryRun] = []
+        offset = layout.rows[step.me]
+        for pieces, count in zip(guests, counts, strict=True):
+            if pieces is not None:
+                guest_runs += query_runs(layout, pieces, owned, rows=packed_rows(pieces, offset))
+            offset += count
+        return _Routes(
+            own=query_runs(layout, cut_pieces(layout, runs, read_here, window), read_here),
+            guests=guest_runs,
+            rows_out=[row_index(_rows(pieces)) for pieces in sent],
+            counts_in=counts,
+            outside_tokens=int(layout.pages.tokens[outside & needed(layout, runs, window)].sum()),
+        )
+
+    def _pieces(self, member: int, index: Ints, window: int | None) -> Pieces:
+        return cut_pieces(self._step.layout, self._step.layout.runs(member), index, window)
+
+
+def _rows(pieces: Pieces | None) -> Ints:
+    return np.zeros(0, dtype=np.int64) if pieces is None else pieces.rows()
