@@ -1,0 +1,84 @@
+# Everything happens in .venv of this checkout; a second run starts at once.
+#
+#   make serve                        the embedded model on two CPU ranks at 127.0.0.1:30000
+#   make serve ARGS="--model-path DIR --sp-size 2"
+#   make test                         all that CI runs;  PYTEST_ARGS="test/unit -k radix" for a part
+#   make TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu" serve
+#                                     another build of torch (PyPI's default brings CUDA libraries)
+#   make KERNEL=no test               without the C++ kernels (reference operators in torch)
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+KERNEL ?= auto
+ARGS ?= --sp-size 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+KERNEL_SOURCES := $(shell find sgl-kernel/csrc sgl-kernel/include sgl-kernel/python \
+	sgl-kernel/CMakeLists.txt sgl-kernel/pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
+TORCH_FREE := types config ipc telemetry costmodel kvcache scheduler frontend server launch
+CHECKED := $(wildcard $(addprefix python/sps_runtime/,$(TORCH_FREE))) \
+	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py engine.py registry.py))
+
+.PHONY: serve test check lint types pytest format setup doctor clean
+
+serve: setup
+	$(BIN)/sps serve $(ARGS)
+
+doctor: setup
+	$(BIN)/sps doctor
+
+test: check pytest
+
+check: lint types
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
+
+types: setup
+	$(BIN)/mypy $(CHECKED)
+
+pytest: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(STAMPS)/package $(STAMPS)/kernel
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# The choice of torch is part of the stamp's content: another TORCH installs again.
+$(STAMPS)/torch: $(STAMPS)/venv FORCE
+	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" || { \
+		$(BIN)/pip install $(TORCH) && echo "$(TORCH)" > $@; }
+
+$(STAMPS)/package: pyproject.toml $(STAMPS)/torch
+	$(BIN)/pip install -e '.[test]'
+	touch $@
+
+# The kernels need a C++ compiler; without one, or without their sources, torch does their work.
+$(STAMPS)/kernel: $(STAMPS)/package $(KERNEL_SOURCES)
+	@if [ "$(KERNEL)" = no ] || [ ! -f sgl-kernel/pyproject.toml ]; then \
+		echo "without sps-kernel"; \
+	elif command -v c++ >/dev/null || command -v g++ >/dev/null; then \
+		$(BIN)/pip install ./sgl-kernel; \
+	else \
+		echo "no C++ compiler: without sps-kernel, see 'make doctor'"; \
+	fi
+	touch $@
+
+FORCE:
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

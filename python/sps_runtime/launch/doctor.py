@@ -1,0 +1,149 @@
+"""What this machine has, and what each missing piece costs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sps_runtime import __version__
+from sps_runtime.launch.sizing import available_memory
+
+Verdict = Literal["ok", "note", "missing"]
+
+_CPU_FEATURES = (
+    ("avx2", "vector units of 8 floats", "without it nothing here is fast"),
+    ("avx512f", "vector units of 16 floats", "kernels use 8 floats at a time"),
+    ("avx512_bf16", "bf16 products in hardware", "bf16 is widened to fp32 before each product"),
+    ("amx_bf16", "bf16 matrix tiles", "prefill multiplies with vectors instead of tiles"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        cost: what it costs when it is missing, "" when nothing is to be said.
+    """
+
+    verdict: Verdict
+    subject: str
+    found: str
+    cost: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; imports torch, takes a second or two."""
+    return [
+        Finding("ok", "sps-runtime", __version__),
+        Finding("ok", "python", platform.python_version()),
+        *_machine(),
+        *_cpu_features(),
+        _torch(),
+        _kernels(),
+        *_gpus(),
+        *_backends(),
+    ]
+
+
+def report(findings: list[Finding]) -> str:
+    """The findings as text, one line each, costs below."""
+    marks = {"ok": "+", "note": ".", "missing": "-"}
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.verdict]} {finding.subject:<18}{finding.found}")
+        if finding.cost:
+            lines.append(f"  {'':<18}-> {finding.cost}")
+    return "\n".join(lines)
+
+
+def _machine() -> list[Finding]:
+    usable = len(os.sched_getaffinity(0))
+    there = os.cpu_count() or usable
+    cores = f"{usable} usable of {there}, {platform.machine()}"
+    cost = "ranks are not bound to cores of their own beyond this number" if usable < 2 else ""
+    memory = f"{available_memory() / 2**30:.1f} GiB available"
+    findings = [
+        Finding("ok" if usable > 1 else "note", "cores", cores, cost),
+        Finding("ok", "memory", memory),
+    ]
+    if platform.machine() != "x86_64":
+        cost = "shared-memory ranks rely on x86's memory order: use --sp-size 1 --tp-size 1"
+        findings.append(Finding("missing", "memory order", platform.machine(), cost))
+    return findings
+
+
+def _cpu_features() -> list[Finding]:
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            flags = set(line.partition(":")[2].split())
+            break
+    return [
+        Finding("ok", f"cpu {name}", what)
+        if name in flags
+        else Finding("missing", f"cpu {name}", "not here", cost)
+        for name, what, cost in _CPU_FEATURES
+    ]
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("missing", "torch", str(error), "no rank can run; only --device echo")
+    return Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _kernels() -> Finding:
+    cost = "attention and small products run as torch operators, several times slower"
+    if importlib.util.find_spec("sps_kernel") is None:
+        how = "install a C++ compiler and run `pip install ./sgl-kernel`"
+        return Finding("missing", "sps-kernel", "not installed", f"{cost}; {how}")
+    try:
+        importlib.import_module("sps_kernel")
+    except (ImportError, OSError) as error:
+        return Finding("missing", "sps-kernel", f"does not load: {error}", cost)
+    return Finding("ok", "sps-kernel", _version("sps-kernel"))
+
+
+def _gpus() -> list[Finding]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return [Finding("note", "gpu", "none seen (no nvidia-smi)")]
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return [Finding("note", "gpu", f"nvidia-smi fails: {type(error).__name__}")]
+    unused = "this version runs ranks on CPUs only; the GPU stays idle"
+    return [Finding("note", "gpu", line, unused) for line in done.stdout.splitlines()]
+
+
+def _backends() -> list[Finding]:
+    optional = (
+        ("flashinfer", "flashinfer-python", "attention on GPUs"),
+        ("triton", "triton", "kernels on GPUs"),
+        ("llguidance", "llguidance", "constrained decoding"),
+    )
+    return [
+        Finding("ok", module, _version(distribution))
+        if importlib.util.find_spec(module)
+        else Finding("note", module, f"not installed ({purpose}; not used by this version)")
+        for module, distribution, purpose in optional
+    ]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed"
