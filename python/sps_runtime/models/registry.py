@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sps_runtime.types.errors import ConfigError
+from sps_runtime.registry import resolve
 
 if TYPE_CHECKING:
     from sps_runtime.models.decoder import Decoder
@@ -23,13 +22,7 @@ def model_class(architecture: str) -> type[Decoder]:
     """Import the class of `architecture`.
 
     Raises:
-        ConfigError: for an architecture that is not in `MODELS`.
+        ConfigError: for an architecture that neither `MODELS` nor a plug-in knows.
     """
-    if architecture not in MODELS:
-        raise ConfigError(
-            f"architecture {architecture} is not supported; supported are "
-            + ", ".join(sorted(MODELS))
-        )
-    module, _, name = MODELS[architecture].partition(":")
-    found: type[Decoder] = getattr(import_module(module), name)
+    found: type[Decoder] = resolve("model", MODELS, architecture)
     return found
