@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.runner.input_batch import JudgedRows
+from sps_runtime.runner.sampler import token_logprobs
 from sps_runtime.types.plan import PromptLogprobs, SequencePlan, TokenLogprobs
 
 LOGIT_BYTES = 64 << 20
@@ -34,18 +35,9 @@ def judge_prompt(
         scores = torch.log_softmax(logits(judged.rows[begin : begin + size], counts).float(), -1)
         for row, score_V in enumerate(scores[: len(judged.rows) - begin], begin):
             sequence = sequences[judged.sequences[row]]
-            values.append(_entry(score_V, int(judged.targets[row]), sequence))
+            top, ids = sequence.prompt_logprobs_top, sequence.prompt_logprobs_ids
+            values.append(token_logprobs(score_V, int(judged.targets[row]), top, ids))
     return values
-
-
-def _entry(score_V: Tensor, target: int, sequence: SequencePlan) -> TokenLogprobs:
-    top: tuple[tuple[int, float], ...] = ()
-    if sequence.prompt_logprobs_top:
-        best = score_V.topk(min(sequence.prompt_logprobs_top, len(score_V)))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    wanted = [(index, float(score_V[index])) for index in sequence.prompt_logprobs_ids]
-    wanted.sort(key=lambda pair: -pair[1])
-    return TokenLogprobs(target, float(score_V[target]), top, tuple(wanted))
 
 
 def as_runs(

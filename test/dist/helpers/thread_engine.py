@@ -1,0 +1,208 @@
+"""A world of ranks in one process: one thread each, plans in, results out."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from dist.helpers.planner import Planner, Request, Shape
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.torch_sdpa import TorchBackend
+from sps_runtime.config.model import ModelConfig
+from sps_runtime.config.parallel import Arch
+from sps_runtime.distributed.communicator import Traffic
+from sps_runtime.distributed.fences import ThreadFences
+from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.distributed.threads import ThreadWorld
+from sps_runtime.kvstore.pool import KVPool, KVStore
+from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.layers.step import LinearPlacement, StepContext
+from sps_runtime.models.arena import Arena
+from sps_runtime.models.decoder import Decoder
+from sps_runtime.models.loader import build_model
+from sps_runtime.runner.model_runner import ModelRunner
+from sps_runtime.runner.token_board import TokenBoard, board_bytes
+from sps_runtime.types.plan import StepPlan, StepResult
+
+SLOTS = 256
+
+
+class RecordingModel:
+    """A model that keeps the logits it gave, so that tests compare more than tokens."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+        self.given: list[Tensor] = []
+
+    def forward(self, input_ids_T: Tensor, step: StepContext) -> Tensor:
+        return self._model.forward(input_ids_T, step)
+
+    def logits(self, hidden_RD: Tensor, head: LinearPlacement) -> Tensor:
+        logits_RV = self._model.logits(hidden_RD, head)
+        self.given.append(logits_RV)
+        return logits_RV
+
+
+@dataclass
+class Answer:
+    """What one rank gave for one plan: its result, and the logits it sampled from by slot."""
+
+    result: StepResult
+    logits: dict[int, Tensor]
+
+
+class ThreadEngine:
+    """Ranks of an (sp, tp) mesh.
+
+    Args:
+        arena: weights cut for `tp` ranks.
+        hosts: host of each SP rank; all on one unless told. Pools of other hosts are not readable,
+            and each host has a board of its own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        arena: Arena,
+        *,
+        sp: int = 1,
+        tp: int = 1,
+        arch: Arch = "ntp",
+        page_size: int = 16,
+        pages_per_rank: int = 256,
+        hosts: tuple[int, ...] | None = None,
+    ) -> None:
+        self.sp, self.tp = sp, tp
+        self.results: SimpleQueue[tuple[int, Answer]] = SimpleQueue()
+        self.errors: list[BaseException] = []
+        self._queues: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(sp * tp)]
+        self._waiting: dict[int, list[Answer]] = {}
+        hosts = hosts or (0,) * sp
+        shape = KVShape(
+            layers=config.num_layers,
+            slots=pages_per_rank,
+            kv_heads=config.kv_heads_per_rank(tp),
+            page_size=page_size,
+            head_dim=config.head_dim,
+            itemsize=arena.layout.dtype.itemsize,
+        )
+        pools = [KVPool.private(shape, arena.layout.dtype) for _ in range(sp * tp)]
+        for pool in pools:  # a read of what nobody wrote must show
+            pool.k.fill_(torch.nan)
+            pool.v.fill_(torch.nan)
+        world = ThreadWorld(sp * tp, timeout_s=30.0)
+        fences = ThreadFences(sp * tp, config.num_layers, timeout_s=30.0)
+        boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
+        self.models = [RecordingModel(build_model(config, arena, r % tp)) for r in range(sp * tp)]
+        self.runners = []
+        for rank in range(sp * tp):
+            mesh, traffic = Mesh(sp, tp, rank), Traffic()
+            here = hosts[mesh.sp_rank]
+            own = [
+                pools[other * tp + mesh.tp_rank] if hosts[other] == here else None
+                for other in range(sp)
+            ]
+            means = AttentionContext(
+                mesh=mesh,
+                mailroom=world.mailroom(rank, traffic),
+                store=KVStore(own, mesh.sp_rank),
+                fence=fences.of(rank),
+                backend=TorchBackend(),
+                traffic=traffic,
+                hosts=hosts,
+            )
+            board = TokenBoard(boards[here])
+            self.runners.append(
+                ModelRunner(self.models[rank], config.vocab_size, means, board, arch, 30.0)
+            )
+        self._threads = threading.Thread(target=self._run, args=(world,), daemon=True)
+        self._threads.start()
+
+    def _run(self, world: ThreadWorld) -> None:
+        try:
+            world.run(self._rank_loop)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _rank_loop(self, rank: int) -> None:
+        model, runner = self.models[rank], self.runners[rank]
+        try:
+            while (plan := self._queues[rank].get()) is not None:
+                model.given.clear()
+                result = runner.execute(plan)
+                slots = [token.slot for token in result.sampled]
+                logits = dict(zip(slots, model.given[0] if slots else [], strict=True))
+                self.results.put((plan.epoch, Answer(result, logits)))
+        except BaseException as error:
+            self.errors.append(error)
+            self.results.put((-1, None))  # type: ignore[arg-type]
+            raise
+
+    def send(self, plan: StepPlan) -> None:
+        for sp_rank in plan.group:
+            for tp_rank in range(self.tp):
+                self._queues[sp_rank * self.tp + tp_rank].put(plan)
+
+    def receive(self, plan: StepPlan) -> list[Answer]:
+        """Wait for all answers to a plan."""
+        while len(self._waiting.get(plan.epoch, ())) < len(plan.group) * self.tp:
+            epoch, answer = self.results.get(timeout=60.0)
+            if epoch < 0:
+                raise self.errors[0]
+            self._waiting.setdefault(epoch, []).append(answer)
+        return self._waiting.pop(plan.epoch)
+
+    def close(self) -> None:
+        for queue in self._queues:
+            queue.put(None)
+        self._threads.join(30.0)
+
+
+@dataclass
+class Run:
+    """What came of driving requests through an engine.
+
+    Attributes:
+        logits: by slot, one tensor ``[vocab]`` per sampled token.
+        plans, results: everything that was sent and answered, in order.
+    """
+
+    logits: dict[int, list[Tensor]]
+    plans: list[StepPlan]
+    results: list[list[StepResult]]
+
+
+def drive(engine: ThreadEngine, planner: Planner, requests: Iterable[Request]) -> Run:
+    """Plan and run until every request has ended, with up to two turns in flight."""
+    planner.add(*requests)
+    run = Run({request.slot: [] for request in planner.requests}, [], [])
+    flying: list[list[StepPlan]] = []
+    overlap = planner.shape.overlap and not planner.shape.elastic
+    while any(not request.done for request in planner.requests) or flying:
+        turn = planner.plans()
+        for plan in turn:
+            engine.send(plan)
+            run.plans.append(plan)
+        if turn:
+            flying.append(turn)
+        if flying and (len(flying) > overlap or not turn):
+            for plan in flying.pop(0):
+                answers = engine.receive(plan)
+                for answer in answers:
+                    for slot, logits_V in answer.logits.items():
+                        run.logits[slot].append(logits_V)
+                results = [answer.result for answer in answers]
+                run.results.append(results)
+                planner.acknowledge(plan.epoch, results)
+    return run
+
+
+def one_rank_shape(page_size: int, pages: int) -> Shape:
+    """The reference: one rank, whole prompts, one step at a time."""
+    return Shape(1, page_size, pages, decode="sharded", overlap=False)
