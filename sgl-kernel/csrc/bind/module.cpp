@@ -1,0 +1,39 @@
+#include "bind/module.h"
+
+#include <nanobind/stl/string.h>
+
+#include "sps/cpu.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict cpu_features() {
+  nb::dict d;
+  for (const auto& [name, present] : sps::cpu_features()) d[name.c_str()] = present;
+  return d;
+}
+
+nb::list available_isas() {
+  nb::list l;
+  for (sps::Isa isa : sps::available_isas()) l.append(sps::isa_name(isa));
+  return l;
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.def("cpu_features", &cpu_features);
+  m.def("available_isas", &available_isas);
+  m.def("current_isa", [] { return sps::isa_name(sps::current_isa()); });
+  m.def("set_isa", &sps::set_isa, nb::arg("name"));
+  m.attr("compiler") = __VERSION__;
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
+  sps::bind::bind_attention(m);
+  sps::bind::bind_merge(m);
+  sps::bind::bind_fence(m);
+}

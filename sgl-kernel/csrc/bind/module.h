@@ -1,0 +1,11 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace sps::bind {
+
+void bind_attention(nanobind::module_& m);
+void bind_merge(nanobind::module_& m);
+void bind_fence(nanobind::module_& m);
+
+}  // namespace sps::bind

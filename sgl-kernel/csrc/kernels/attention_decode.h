@@ -1,0 +1,171 @@
+// Attention of at most 8 query rows: memory-bound, so keys and values are read once, in place.
+#pragma once
+
+#include "kernels/attention_micro.h"
+#include "kernels/attention_output.h"
+#include "kernels/attention_prefill.h"
+
+namespace sps {
+namespace SPS_ISA_NS {
+
+constexpr int kDecodeRows = Narrow::W;
+constexpr int kDecodeTiles = 8;  // tiles of one online-softmax step
+#ifdef SPS_WIDE_REGISTERS
+constexpr int kDecodeKeys = 16;
+#else
+constexpr int kDecodeKeys = 8;
+#endif
+
+// Pages lie anywhere, and rows of a page are read side by side: the hardware's prefetchers do not
+// follow. So values are asked for while their keys are multiplied, and the keys of the next step
+// while this one's values are.
+static inline void prefetch_rows(const char* row, int64_t stride, int row_bytes) {
+  for (int i = 0; i < kTile; ++i, row += stride)
+    for (int b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+}
+
+// The tiles of one step, and those of the next.
+struct DecodeTiles {
+  Tile tile[kDecodeTiles];
+  int n = 0;
+};
+
+// Adds the weighted values of n tiles to NR registers of columns of R output rows (o [R, d]).
+template <class M, class V, int NR, int R>
+static inline void decode_values(const float* p, const DecodeTiles& tiles,
+                                 const DecodeTiles* next, int col, int d, const float* alpha,
+                                 float* o) {
+  typename V::reg acc[R][NR];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < NR; ++i)
+      acc[r][i] = V::mul(V::load(o + r * d + col + i * V::W), V::set1(alpha[r]));
+  constexpr int kBytes = M::kConvert ? 4 : M::kElemBytes;
+  for (int t = 0; t < tiles.n; ++t) {
+    const char* row = tiles.tile[t].v + static_cast<int64_t>(col) * kBytes;
+    const int64_t stride = tiles.tile[t].v_stride;
+    if (next != nullptr && t < next->n)
+      prefetch_rows(next->tile[t].k, next->tile[t].k_stride, d * M::kElemBytes);
+    for (int step = 0; step < kTile / M::kPerCell; ++step) {
+      typename V::reg vals[NR];
+      M::template load_values<V, NR>(row, stride, vals);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const typename V::reg b = V::bcast(p + r);
+#pragma GCC unroll 2
+        for (int i = 0; i < NR; ++i) acc[r][i] = M::template dot<V>(vals[i], b, acc[r][i]);
+      }
+      row += stride * M::kPerCell;
+      p += kDecodeRows;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < NR; ++i) V::store(o + r * d + col + i * V::W, acc[r][i]);
+}
+
+template <class M, int R>
+static void decode_values_all(const float* p, const DecodeTiles& tiles, const DecodeTiles& next,
+                              int d, const float* alpha, float* o) {
+  int c = 0;
+#ifdef SPS_WIDE_REGISTERS
+  for (; c + 2 * Wide::W <= d; c += 2 * Wide::W)
+    decode_values<M, Wide, 2, R>(p, tiles, c == 0 ? &next : nullptr, c, d, alpha, o);
+#endif
+  for (; c < d; c += Narrow::W)
+    decode_values<M, Narrow, 1, R>(p, tiles, c == 0 ? &next : nullptr, c, d, alpha, o);
+}
+
+template <class M>
+static void decode_values_rows(int rows, const float* p, const DecodeTiles& tiles,
+                               const DecodeTiles& next, int d, const float* alpha, float* o) {
+  switch (rows) {
+    case 1: return decode_values_all<M, 1>(p, tiles, next, d, alpha, o);
+    case 2: return decode_values_all<M, 2>(p, tiles, next, d, alpha, o);
+    case 3: return decode_values_all<M, 3>(p, tiles, next, d, alpha, o);
+    case 4: return decode_values_all<M, 4>(p, tiles, next, d, alpha, o);
+    case 5: return decode_values_all<M, 5>(p, tiles, next, d, alpha, o);
+    case 6: return decode_values_all<M, 6>(p, tiles, next, d, alpha, o);
+    case 7: return decode_values_all<M, 7>(p, tiles, next, d, alpha, o);
+    default: return decode_values_all<M, 8>(p, tiles, next, d, alpha, o);
+  }
+}
+
+// The prefill state's arrays serve with one block of kDecodeRows rows; o is [rows, d].
+template <class M>
+static void decode_step(const AttentionParams& p, const AttentionUnit& u, PrefillState<M>& st,
+                        float* s, DecodeTiles& tiles, const DecodeTiles& next, Reach any,
+                        Reach full) {
+  const int row_bytes = p.d * M::kElemBytes;
+  const int64_t tile_cells = static_cast<int64_t>(kTile) * p.d / M::kPerCell;
+  alignas(64) float mx[kDecodeRows], alpha[kDecodeRows];
+  for (int i = 0; i < kDecodeRows; ++i) mx[i] = -INFINITY;
+  const RowBounds bounds{st.lo, st.hi};
+  for (int t = 0; t < tiles.n; ++t) {
+    Tile& tile = tiles.tile[t];
+    const RowBounds* masked = within(tile, full) ? nullptr : &bounds;
+    prefetch_rows(tile.v, tile.v_stride, row_bytes);
+    if (M::kConvert) convert_keys<M>(tile, p.d, st.k_buf);
+    for (int i = 0; i < kTile; i += kDecodeKeys)
+      scores_micro<M, Narrow, 1, kDecodeKeys>(
+          st.q, kDecodeRows, tile.k + static_cast<int64_t>(i) * tile.k_stride, tile.k_stride,
+          st.steps, tile.pos + i, masked, s + (t * kTile + i) * kDecodeRows, mx);
+    if (M::kConvert || !within(tile, any))
+      copy_values<M>(tile, any, p.d, reinterpret_cast<char*>(st.v_buf + t * tile_cells));
+  }
+  softmax_step<M, Narrow, 1>(s, kDecodeRows, tiles.n * kTile, p.scale * 1.44269504f, mx, st.m, st.l,
+                             alpha);
+  decode_values_rows<M>(u.row_count, s, tiles, next, p.d, alpha, st.o);
+}
+
+template <class M>
+static void decode_unit(const AttentionParams& p, const AttentionUnit& u) {
+  PrefillState<M> st(p, u);
+  alignas(64) float s[kDecodeTiles * kTile * kDecodeRows];
+  load_queries(p, u, st, kDecodeRows, kDecodeRows);
+  std::memset(st.o, 0, static_cast<size_t>(kDecodeRows) * p.d * sizeof(float));
+  const int first = u.row_begin, last = u.row_begin + u.row_count - 1;
+  const Reach any = rows_reach(p, u, first, last);
+  const Reach full{row_reach(p, u, last).lo, row_reach(p, u, first).hi};
+  TileWalk walk(p, u, any);
+  DecodeTiles steps[2];
+  const int most = chunk_tiles<M>(p.d) < kDecodeTiles ? chunk_tiles<M>(p.d) : kDecodeTiles;
+  steps[0].n = walk.next(steps[0].tile, most);
+  for (int i = 0; steps[i].n > 0; i ^= 1) {
+    DecodeTiles& next = steps[i ^ 1];
+    next.n = walk.next(next.tile, most);
+    decode_step<M>(p, u, st, s, steps[i], next, any, full);
+  }
+  for (int i = 0; i < u.row_count; ++i)
+    finish_row(p, u, i, st.o + static_cast<int64_t>(i) * p.d, st.m[i], st.l[i]);
+}
+
+template <class M>
+static void attention_unit_of(const AttentionParams& p, const AttentionUnit& u) {
+  if (u.row_count <= kDecodeRows)
+    decode_unit<M>(p, u);
+  else
+    prefill_unit<M>(p, u);
+}
+
+#ifdef SPS_HAS_DPBF16
+using Bf16Mode = ModeBf16;
+#else
+using Bf16Mode = ModeBf16AsF32;
+#endif
+
+static void attention_unit(const AttentionParams& p, const AttentionUnit& u) {
+  if (p.bf16)
+    attention_unit_of<Bf16Mode>(p, u);
+  else
+    attention_unit_of<ModeF32>(p, u);
+}
+
+static int attention_max_rows(const AttentionParams& p) {
+  return p.bf16 ? max_unit_rows<Bf16Mode>(p.d) : max_unit_rows<ModeF32>(p.d);
+}
+
+}  // namespace SPS_ISA_NS
+}  // namespace sps

@@ -1,0 +1,108 @@
+// Vectors of 16 and of 8 floats under AVX-512 (F, DQ, BW, VL), and of bfloat16 pairs.
+// A "cell" is what one 32-bit lane multiplies: one float, or a pair of bfloat16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/exp2_poly.h"
+#include "kernels/transpose_avx.h"
+
+namespace sps {
+namespace SPS_ISA_NS {
+
+struct V16 {
+  static constexpr int W = 16;
+  using reg = __m512;
+  using ireg = __m512i;
+
+  static reg zero() { return _mm512_setzero_ps(); }
+  static reg set1(float x) { return _mm512_set1_ps(x); }
+  static reg load(const void* p) { return _mm512_loadu_ps(p); }
+  static void store(void* p, reg x) { _mm512_storeu_ps(p, x); }
+  static ireg iload(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
+  static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static reg max(reg a, reg b) { return _mm512_max_ps(a, b); }
+  static float hmax(reg a) { return _mm512_reduce_max_ps(a); }
+  static float hsum(reg a) { return _mm512_reduce_add_ps(a); }
+  static reg bcast(const void* p) {
+    int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(x));
+  }
+  // 2^x, relative error under 2e-7; 0 at -inf.
+  static reg exp2(reg x) {
+    const reg f = _mm512_reduce_ps(x, 0x01);  // x - floor(x)
+    reg p = fma(set1(kExp2C5), f, set1(kExp2C4));
+    p = fma(p, f, set1(kExp2C3));
+    p = fma(p, f, set1(kExp2C2));
+    p = fma(p, f, set1(kExp2C1));
+    p = fma(p, f, set1(1.0f));
+    return _mm512_scalef_ps(p, x);
+  }
+  // x where lo <= pos <= hi, else -inf.
+  static reg keep_between(reg x, int pos, ireg lo, ireg hi) {
+    const ireg p = _mm512_set1_epi32(pos);
+    const __mmask16 in = _mm512_cmple_epi32_mask(lo, p) & _mm512_cmple_epi32_mask(p, hi);
+    return _mm512_mask_mov_ps(set1(-__builtin_inff()), in, x);
+  }
+  // x with 0 where it is -inf.
+  static reg finite_or_zero(reg x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(-__builtin_inff()), _CMP_NEQ_UQ), x);
+  }
+  static reg load_bf16(const void* p) {
+    const __m256i h = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+};
+
+struct V8 {
+  static constexpr int W = 8;
+  using reg = __m256;
+  using ireg = __m256i;
+
+  static reg zero() { return _mm256_setzero_ps(); }
+  static reg set1(float x) { return _mm256_set1_ps(x); }
+  static reg load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static void store(void* p, reg x) { _mm256_storeu_ps(static_cast<float*>(p), x); }
+  static ireg iload(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
+  static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static reg max(reg a, reg b) { return _mm256_max_ps(a, b); }
+  static reg bcast(const void* p) {
+    int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return _mm256_castsi256_ps(_mm256_set1_epi32(x));
+  }
+  static reg exp2(reg x) {
+    const reg f = _mm256_reduce_ps(x, 0x01);
+    reg p = fma(set1(kExp2C5), f, set1(kExp2C4));
+    p = fma(p, f, set1(kExp2C3));
+    p = fma(p, f, set1(kExp2C2));
+    p = fma(p, f, set1(kExp2C1));
+    p = fma(p, f, set1(1.0f));
+    return _mm256_scalef_ps(p, x);
+  }
+  static reg keep_between(reg x, int pos, ireg lo, ireg hi) {
+    const ireg p = _mm256_set1_epi32(pos);
+    const __mmask8 in = _mm256_cmple_epi32_mask(lo, p) & _mm256_cmple_epi32_mask(p, hi);
+    return _mm256_mask_mov_ps(set1(-__builtin_inff()), in, x);
+  }
+  static reg finite_or_zero(reg x) {
+    return _mm256_maskz_mov_ps(_mm256_cmp_ps_mask(x, set1(-__builtin_inff()), _CMP_NEQ_UQ), x);
+  }
+};
+
+using Wide = V16;
+using Narrow = V8;
+
+}  // namespace SPS_ISA_NS
+}  // namespace sps

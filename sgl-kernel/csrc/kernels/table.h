@@ -1,0 +1,19 @@
+// Gathers the kernels of one instruction set; included last by the files in isa/.
+#pragma once
+
+#include "kernels/attention_decode.h"
+#include "kernels/merge_kernel.h"
+#include "sps/kernel_table.h"
+
+namespace sps {
+namespace SPS_ISA_NS {
+
+static const KernelTable table = {
+    attention_unit,
+    attention_max_rows,
+    write_merged,
+    merge_tokens,
+};
+
+}  // namespace SPS_ISA_NS
+}  // namespace sps

@@ -1,0 +1,25 @@
+// One table of kernels per instruction set. Everything here is plain C types: the files behind the
+// tables are compiled with different flags, so nothing inline may be shared between them.
+#pragma once
+
+#include "sps/attention.h"
+#include "sps/merge.h"
+
+namespace sps {
+
+struct KernelTable {
+  void (*attention_unit)(const AttentionParams&, const AttentionUnit&);
+  // Rows of one attention unit beyond which a unit should be cut.
+  int (*attention_max_rows)(const AttentionParams&);
+  // dst[i] = merge over s of parts (o [n, rows, d], lse [n, rows]).
+  void (*attention_write_merged)(const AttentionParams&, const AttentionUnit&, const float* o,
+                                 const float* lse, int n);
+  void (*merge_tokens)(const MergeParams&, int64_t begin, int64_t end);
+};
+
+const KernelTable& generic_table();
+const KernelTable& avx2_table();
+const KernelTable& avx512_table();
+const KernelTable& avx512_bf16_table();
+
+}  // namespace sps

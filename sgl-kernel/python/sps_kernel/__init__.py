@@ -1,0 +1,41 @@
+"""CPU kernels of SPS: paged attention, merge of states, small GEMM, fences.
+
+Arrays are CPU tensors (torch, or anything with DLPack) or NumPy arrays; nothing is copied, and
+torch is not needed. Every function checks shapes and dtypes and raises ``ValueError``. The GIL is
+released while a kernel runs.
+"""
+
+from sps_kernel.attention import ITEM_FIELDS, KVPools, paged_attention
+from sps_kernel.build import available_isas, build_info, cpu_features, current_isa, set_isa
+from sps_kernel.fence import (
+    fetch_add,
+    fetch_max,
+    load_acquire,
+    publish,
+    store_release,
+    wait_at_least,
+    wake,
+)
+from sps_kernel.merge import merge_n_states, merge_states
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ITEM_FIELDS",
+    "KVPools",
+    "available_isas",
+    "build_info",
+    "cpu_features",
+    "current_isa",
+    "fetch_add",
+    "fetch_max",
+    "load_acquire",
+    "merge_n_states",
+    "merge_states",
+    "paged_attention",
+    "publish",
+    "set_isa",
+    "store_release",
+    "wait_at_least",
+    "wake",
+]
