@@ -82,6 +82,8 @@ class SequencePlan(msgspec.Struct, frozen=True):
         prompt_logprobs_top, prompt_logprobs_ids: how many alternatives, and which ids besides, to
             report at those positions (a chunk before the last has no `sample` that would say so).
         attention: how attention is computed.
+        prompt_top, prompt_ids: what prompt logprobs carry beside the prompt's own ids: how many top
+            alternatives, and which ids.
     """
 
     slot: int
@@ -96,6 +98,8 @@ class SequencePlan(msgspec.Struct, frozen=True):
     prompt_logprobs_top: int = 0
     prompt_logprobs_ids: tuple[int, ...] = ()
     attention: AttentionSpec = EXACT
+    prompt_top: int = 0
+    prompt_ids: tuple[int, ...] = ()
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="step"):
