@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from make_model import SHAPES, make_model
+
 from harness import (
     Server,
     Stream,
@@ -25,7 +27,6 @@ from harness import (
     quantile,
     report,
 )
-from make_model import SHAPES, make_model
 
 PAGE = 64
 

@@ -37,7 +37,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(namespace=st.sampled_from(NAMESPACES), tokens=prompts)
     def open(self, namespace: tuple[str, str, str], tokens: list[int]) -> None:
         cached = self.oracle(namespace, tokens[:-1])
-        pages = self.cache.match(namespace, pack_ids(tokens), len(tokens) - 1)
+        pages = self.cache.match(namespace, pack_ids(tokens), len(tokens) - 1).pages
         assert len(pages) == cached
         self.handles += 1
         table = self.cache.open(self.handles, namespace, pack_ids(tokens), len(tokens) - 1)
@@ -153,14 +153,14 @@ def fill(cache: PrefixCache, tokens: list[int], ranks: list[int], handle: int) -
 
 def test_a_match_is_whole_pages_and_leaves_the_last_token() -> None:
     cache = cache_with([1, 2, 3, 4], [0, 1])
-    assert len(cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4]), 3)) == 1
-    assert len(cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4, 5]), 4)) == 2
-    assert cache.match(NAMESPACES[1], pack_ids([1, 2, 3, 4, 5]), 4) == []
+    assert len(cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4]), 3).pages) == 1
+    assert len(cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4, 5]), 4).pages) == 2
+    assert cache.match(NAMESPACES[1], pack_ids([1, 2, 3, 4, 5]), 4).pages == []
 
 
 def test_a_duplicate_keeps_the_trees_page() -> None:
     cache = cache_with([1, 2, 3, 4], [0, 1])
-    kept = cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4]), 4)
+    kept = cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4]), 4).pages
     assert fill(cache, [1, 2, 3, 4], [1, 1], handle=2) == kept
     assert sum(cache.tree.evictable) == 2
 
@@ -174,7 +174,7 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     cache.close(4)
     cache.open(5, NAMESPACES[0], pack_ids([7, 7]), 0)
     assert cache.allocate(5, [0])
-    held = [bool(cache.match(NAMESPACES[0], pack_ids([t, t]), 2)) for t in (1, 2, 3)]
+    held = [bool(cache.match(NAMESPACES[0], pack_ids([t, t]), 2).pages) for t in (1, 2, 3)]
     assert held == [True, False, True]
 
 
@@ -184,8 +184,8 @@ def test_eviction_frees_the_rank_that_is_short() -> None:
     fill(cache, [3, 3], [1], 2)
     cache.open(3, NAMESPACES[0], pack_ids([7]), 0)
     assert cache.allocate(3, [1])
-    assert len(cache.match(NAMESPACES[0], pack_ids([1, 1, 2, 2]), 4)) == 1
-    assert len(cache.match(NAMESPACES[0], pack_ids([3, 3]), 2)) == 1
+    assert len(cache.match(NAMESPACES[0], pack_ids([1, 1, 2, 2]), 4).pages) == 1
+    assert len(cache.match(NAMESPACES[0], pack_ids([3, 3]), 2).pages) == 1
 
 
 def test_held_pages_are_never_evicted() -> None:
@@ -215,7 +215,7 @@ def test_pages_evicted_under_a_running_plan_wait_for_it() -> None:
 
 def test_a_cache_switched_off_shares_nothing() -> None:
     cache = cache_with([1, 2, 3, 4], [0, 1], enabled=False)
-    assert cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4]), 4) == []
+    assert cache.match(NAMESPACES[0], pack_ids([1, 2, 3, 4]), 4).pages == []
     assert cache.room() == [PAGES] * RANKS
 
 

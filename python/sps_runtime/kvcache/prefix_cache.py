@@ -9,7 +9,7 @@ from sps_runtime.kvcache.directory import Directory, PageTable
 from sps_runtime.kvcache.eviction import make_eviction
 from sps_runtime.kvcache.fence import Fence
 from sps_runtime.kvcache.page_allocator import PageAllocator, PageState
-from sps_runtime.kvcache.radix_tree import Namespace, Node, RadixTree
+from sps_runtime.kvcache.radix_tree import Match, Namespace, Node, RadixTree
 
 
 @dataclass
@@ -64,19 +64,19 @@ class PrefixCache:
         """Pages that will be free once plans under way are acknowledged."""
         return sum(self.allocator.quarantined_count(rank) for rank in range(self.ranks))
 
-    def match(self, namespace: Namespace, tokens: bytes, limit: int) -> list[int]:
-        """Pages of the longest cached prefix of packed `tokens`, within its first `limit` tokens.
+    def match(self, namespace: Namespace, tokens: bytes, limit: int) -> Match:
+        """The longest cached prefix of packed `tokens`, within its first `limit` tokens.
 
         Callers pass at most len - 1 tokens: the last one is always computed, for its logits.
         """
         if not self.enabled or limit < self.page_size:
-            return []
+            return Match([], 0)
         whole = limit - limit % self.page_size
         return self.tree.match(namespace, tokens[: whole * 4])
 
     def open(self, handle: int, namespace: Namespace, tokens: bytes, limit: int) -> PageTable:
         """Start a sequence holding the cached prefix that `match` finds; return its page table."""
-        pages = self.match(namespace, tokens, limit)
+        pages = self.match(namespace, tokens, limit).pages
         table = self.directory.open(handle)
         node = self.tree.lock(namespace, tokens, len(pages))
         table.extend(pages)

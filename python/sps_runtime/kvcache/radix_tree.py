@@ -11,6 +11,7 @@ import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sps_runtime.kvcache.eviction import Eviction
 
@@ -39,6 +40,13 @@ class Node:
         self.used = 0
         self.fence = 0
         self.stamp = 0
+
+
+class Match(NamedTuple):
+    """Cached pages of a prefix, in order; live sequences hold the first `held` of them."""
+
+    pages: list[int]
+    held: int
 
 
 @dataclass
@@ -70,18 +78,20 @@ class RadixTree:
         self._stamp = 0
         self._tick = 0
 
-    def match(self, namespace: Namespace, tokens: bytes) -> list[int]:
-        """The pages of the longest cached prefix of `tokens`, whole pages only. Changes nothing."""
+    def match(self, namespace: Namespace, tokens: bytes) -> Match:
+        """The longest cached prefix of `tokens`, whole pages only. Changes nothing."""
         pages: list[int] = []
+        held = 0
         node = self._roots.get(namespace)
         while node is not None:
             node = node.children.get(self._first(tokens, len(pages)))
             if node is not None:
                 common = self._common(node, tokens, len(pages))
                 pages.extend(node.pages[:common])
+                held += common if node.lock_ref else 0
                 if common < len(node.pages):
                     break
-        return pages
+        return Match(pages, held)
 
     def lock(self, namespace: Namespace, tokens: bytes, pages: int) -> Node:
         """Hold the path of the first `pages` pages of `tokens`, which must be cached."""

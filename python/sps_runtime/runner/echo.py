@@ -1,0 +1,361 @@
+"""A fake world of ranks that proves a scheduler right: KV that remembers what was written.
+
+The "KV" of a position is (position, token) itself, and the next token is a hash of everything read
+through the plan's page table. One page wrong, stale, reused too early or read before it was
+written, and the output differs from `echo_generate`, which never saw a page. No torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sps_runtime.types.plan import (
+    PromptLogprobs,
+    SampledToken,
+    SequencePlan,
+    StepCounters,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+EMPTY = -1
+"""What a KV entry holds that was never written."""
+
+
+class EchoFault(Exception):
+    """A rank met what a right plan never shows it; becomes `StepResult.error`."""
+
+
+def _mix(words: Words) -> Words:
+    """splitmix64's finaliser, elementwise."""
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return words ^ (words >> np.uint64(31))
+
+
+def _states(entries: Ints) -> Words:
+    """What each prefix of packed (position, token) entries hashes to."""
+    return np.cumsum(_mix(entries.astype(np.uint64)), dtype=np.uint64)
+
+
+def _entries(tokens: Iterable[int], start: int) -> Ints:
+    ids = np.fromiter(tokens, dtype=np.int64)
+    return (np.arange(start, start + len(ids), dtype=np.int64) << 32) | ids
+
+
+def _pick(state: int, vocab: int, forbidden: Iterable[int], history: dict[int, int] | None) -> int:
+    """The token that follows: a hash, moved past what is forbidden."""
+    if history is not None:
+        counted = np.array([count << 32 | token for token, count in history.items()], np.uint64)
+        state = (state + int(np.sum(_mix(_mix(counted)), dtype=np.uint64))) % 2**64
+    token = int(_mix(np.array([state], np.uint64))[0]) % vocab
+    while token in forbidden:
+        token = (token + 1) % vocab
+    return token
+
+
+def _logprobs(state: int, token: int, top: int, ids: tuple[int, ...], vocab: int) -> TokenLogprobs:
+    def one(candidate: int) -> float:
+        return -float(int(_mix(np.array([state + candidate], np.uint64))[0]) % 1000) / 100.0
+
+    ranked = tuple(((token + k) % vocab, one((token + k) % vocab)) for k in range(top))
+    return TokenLogprobs(token, one(token), ranked, tuple((i, one(i)) for i in ids))
+
+
+def echo_generate(
+    prompt: Sequence[int],
+    n: int,
+    *,
+    vocab: int,
+    stop_ids: Iterable[int] = (),
+    min_new: int = 0,
+    penalized: bool = False,
+) -> list[int]:
+    """What a server over echo ranks must answer: up to `n` tokens, the stop token included."""
+    stops = frozenset(stop_ids)
+    history = dict.fromkeys(prompt, 0) if penalized else None
+    state = int(_states(_entries(prompt, 0))[-1])
+    output: list[int] = []
+    while len(output) < n:
+        forbidden = stops if len(output) < min_new else frozenset()
+        token = _pick(state, vocab, forbidden, history)
+        output.append(token)
+        if token in stops:
+            break
+        if history is not None:
+            history[token] = history.get(token, 0) + 1
+        entry = _entries([token], len(prompt) + len(output) - 1)
+        state = (state + int(_mix(entry.astype(np.uint64))[0])) % 2**64
+    return output
+
+
+@dataclass(frozen=True)
+class EchoMemory:
+    """What ranks share. Plain arrays, so they may lie in memory shared between processes.
+
+    Attributes:
+        kv: int64 ``[pages_per_rank, page_size]`` per global rank: position << 32 | token.
+        board: int64 ``[slots]``: epoch << 32 | token.
+        fences: int64 ``[global ranks]``: the last epoch whose KV a rank has written.
+        tp_size: TP peers of each SP rank; global rank = sp_rank * tp_size + tp_rank.
+    """
+
+    kv: Sequence[Ints]
+    board: Ints
+    fences: Ints
+    tp_size: int = 1
+
+    @staticmethod
+    def allocate(
+        sp_size: int, pages_per_rank: int, page_size: int, slots: int, tp_size: int = 1
+    ) -> EchoMemory:
+        """Fresh memory in this process."""
+        world = sp_size * tp_size
+        return EchoMemory(
+            kv=[np.full((pages_per_rank, page_size), EMPTY, np.int64) for _ in range(world)],
+            board=np.full(slots, EMPTY, np.int64),
+            fences=np.zeros(world, np.int64),
+            tp_size=tp_size,
+        )
+
+
+class EchoRank:
+    """One global rank. It executes its plans in order, in steps that never block.
+
+    A plan is written, then - when the group's KV is there - read and answered. Between the two
+    other ranks may be anywhere, so a slot reused too early is read with foreign contents.
+    """
+
+    def __init__(self, rank: int, memory: EchoMemory, vocab: int) -> None:
+        self.rank = rank
+        self._memory = memory
+        self._vocab = vocab
+        self._sp_rank, self._tp_rank = divmod(rank, memory.tp_size)
+        self._pages_per_rank, self._page_size = memory.kv[rank].shape
+        self._plans: deque[StepPlan] = deque()
+        self._last_epoch = 0
+        self._written = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether plans wait or run."""
+        return bool(self._plans)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan, in the order of epochs."""
+        self._plans.append(plan)
+
+    def poll(self) -> StepResult | None:
+        """Go on with the first plan as far as others allow; its result when it is done."""
+        if not self._plans:
+            return None
+        plan = self._plans[0]
+        try:
+            result = self._step(plan)
+        except EchoFault as fault:
+            result = StepResult(plan.epoch, self.rank, error=str(fault))
+        if result is not None:
+            self._plans.popleft()
+            self._written = False
+        return result
+
+    def _step(self, plan: StepPlan) -> StepResult | None:
+        if not self._written:
+            if not self._tokens_ready(plan):
+                return None
+            self._check_plan(plan)
+            for sequence in plan.sequences:
+                self._write(sequence)
+            self._memory.fences[self.rank] = plan.epoch
+            self._written = True
+            return None
+        reads_all = any(self._reads_all(sequence) for sequence in plan.sequences)
+        if reads_all and not self._group_has_written(plan):
+            return None
+        sampled, judged = [], []
+        for sequence in plan.sequences:
+            self._verify_own(sequence)
+            if self._reads_all(sequence):
+                states = _states(self._read(sequence))
+                judged.extend(self._judge(sequence, states))
+                if sequence.sample is not None and self._owns_last(sequence):
+                    sampled.append(self._sample(plan.epoch, sequence, int(states[-1])))
+        if self._tp_rank:
+            sampled = []
+        tokens = sum(len(self._own_positions(sequence)) for sequence in plan.sequences)
+        counters = StepCounters(token_layers=tokens)
+        return StepResult(plan.epoch, self.rank, tuple(sampled), tuple(judged), counters)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        if plan.epoch <= self._last_epoch:
+            raise EchoFault(f"epoch {plan.epoch} came after {self._last_epoch}")
+        self._last_epoch = plan.epoch
+        if self._sp_rank not in plan.group or list(plan.group) != sorted(set(plan.group)):
+            raise EchoFault(f"rank {self._sp_rank} is not in group {plan.group}")
+        for sequence in plan.sequences:
+            pages = self._pages(sequence)
+            first = sequence.start // self._page_size
+            owners = set((pages[first:] // self._pages_per_rank).tolist())
+            if not owners <= set(plan.group):
+                raise EchoFault(f"epoch {plan.epoch} writes outside its group")
+
+    def _tokens_ready(self, plan: StepPlan) -> bool:
+        """Whether the board has what this plan computes here."""
+        ready = True
+        for sequence in plan.sequences:
+            if sequence.board_epoch < 0:
+                continue
+            epoch = int(self._memory.board[sequence.slot]) >> 32
+            here = plan.placement == "replicated" or self._owns_last(sequence)
+            if here and epoch > sequence.board_epoch:
+                raise EchoFault(f"slot {sequence.slot} has epoch {epoch}'s token already")
+            ready = ready and (not here or epoch == sequence.board_epoch)
+        return ready
+
+    def _group_has_written(self, plan: StepPlan) -> bool:
+        """TP peers count too: a layer's sums keep them together as its attention keeps ranks."""
+        tp = self._memory.tp_size
+        peers = [rank * tp + peer for rank in plan.group for peer in range(tp)]
+        return int(min(self._memory.fences[peers])) >= plan.epoch
+
+    def _pages(self, sequence: SequencePlan) -> Ints:
+        pages = np.frombuffer(sequence.pages, np.int32).astype(np.int64)
+        if len(pages) != -(-(sequence.start + sequence.count) // self._page_size):
+            raise EchoFault("the page table does not cover the step")
+        return pages
+
+    def _tokens(self, sequence: SequencePlan) -> Ints:
+        tokens = np.frombuffer(sequence.tokens, np.int32).astype(np.int64)
+        if sequence.board_epoch >= 0:
+            token = int(self._memory.board[sequence.slot]) & 0xFFFFFFFF
+            tokens = np.append(tokens, token)
+        if len(tokens) != sequence.count:
+            raise EchoFault(f"{len(tokens)} tokens for {sequence.count} positions")
+        return tokens
+
+    def _owns(self, sequence: SequencePlan, position: int) -> bool:
+        page = int(self._pages(sequence)[position // self._page_size])
+        return page // self._pages_per_rank == self._sp_rank
+
+    def _owns_last(self, sequence: SequencePlan) -> bool:
+        return self._owns(sequence, sequence.start + sequence.count - 1)
+
+    def _own_positions(self, sequence: SequencePlan) -> Ints:
+        """Positions of the step whose pages lie here."""
+        positions = np.arange(sequence.start, sequence.start + sequence.count)
+        pages = self._pages(sequence)[positions // self._page_size]
+        own: Ints = positions[pages // self._pages_per_rank == self._sp_rank]
+        return own
+
+    def _reads_all(self, sequence: SequencePlan) -> bool:
+        """Whether this rank needs every position: it samples, or judges prompt tokens."""
+        if sequence.prompt_logprobs_from >= 0:
+            return len(self._own_positions(sequence)) > 0
+        return sequence.sample is not None and self._owns_last(sequence)
+
+    def _write(self, sequence: SequencePlan) -> None:
+        positions = self._own_positions(sequence)
+        if not len(positions):
+            return
+        tokens = self._tokens(sequence)[positions - sequence.start]
+        slots = self._pages(sequence)[positions // self._page_size] % self._pages_per_rank
+        kv = self._memory.kv[self.rank]
+        kv[slots, positions % self._page_size] = positions << 32 | tokens
+
+    def _verify_own(self, sequence: SequencePlan) -> None:
+        """The pages that lie here hold the positions that the plan says."""
+        pages = self._pages(sequence)
+        own = np.flatnonzero(pages // self._pages_per_rank == self._sp_rank)
+        rows = self._memory.kv[self.rank][pages[own] % self._pages_per_rank]
+        wanted = own[:, None] * self._page_size + np.arange(self._page_size)[None, :]
+        inside = wanted < sequence.start + sequence.count
+        if not np.array_equal((rows >> 32)[inside], wanted[inside]):
+            raise EchoFault(f"rank {self.rank} holds other positions than slot {sequence.slot}'s")
+
+    def _read(self, sequence: SequencePlan) -> Ints:
+        pages = self._pages(sequence)
+        rows = np.empty((len(pages), self._page_size), np.int64)
+        owners, slots = np.divmod(pages, self._pages_per_rank)
+        for owner in set(owners.tolist()):
+            where = owners == owner
+            kv = self._memory.kv[owner * self._memory.tp_size + self._tp_rank]
+            rows[where] = kv[slots[where]]
+        entries = rows.reshape(-1)[: sequence.start + sequence.count]
+        if not np.array_equal(entries >> 32, np.arange(len(entries))):
+            raise EchoFault(f"slot {sequence.slot} reads positions that are not its own")
+        return entries
+
+    def _sample(self, epoch: int, sequence: SequencePlan, state: int) -> SampledToken:
+        plan = sequence.sample
+        assert plan is not None
+        history = None
+        if plan.params.penalized:
+            ids = np.frombuffer(plan.history_ids, np.int32).tolist()
+            counts = np.frombuffer(plan.history_counts, np.int32).tolist()
+            history = dict(zip(ids, counts, strict=True))
+            if sequence.board_epoch >= 0:
+                read = int(self._tokens(sequence)[-1])
+                history[read] = history.get(read, 0) + 1
+        token = _pick(state, self._vocab, plan.forbid_stop, history)
+        if self._tp_rank == 0:
+            self._memory.board[sequence.slot] = epoch << 32 | token
+        logprobs = None
+        if plan.logprobs is not None:
+            logprobs = _logprobs(state, token, plan.logprobs, plan.logprob_ids, self._vocab)
+        return SampledToken(sequence.slot, token, logprobs)
+
+    def _judge(self, sequence: SequencePlan, states: Words) -> list[PromptLogprobs]:
+        """Prompt logprobs by the logits of this rank's positions, one piece per run of them."""
+        if sequence.prompt_logprobs_from < 0 or self._tp_rank:
+            return []
+        tokens = [*self._tokens(sequence).tolist()[1:], sequence.next_token]
+        pieces: list[PromptLogprobs] = []
+        for position in self._own_positions(sequence).tolist():
+            token = tokens[position - sequence.start]
+            if position + 1 < sequence.prompt_logprobs_from or token < 0:
+                continue
+            value = _logprobs(
+                int(states[position]), token, sequence.prompt_top, sequence.prompt_ids, self._vocab
+            )
+            if pieces and pieces[-1].start + len(pieces[-1].values) == position + 1:
+                last = pieces.pop()
+                pieces.append(PromptLogprobs(last.slot, last.start, (*last.values, value)))
+            else:
+                pieces.append(PromptLogprobs(sequence.slot, position + 1, (value,)))
+        return pieces
+
+
+class EchoWorld:
+    """All ranks in one process, in random order: `poll` lets one of them take one small step."""
+
+    def __init__(self, memory: EchoMemory, vocab: int, chance: random.Random) -> None:
+        self.ranks = [EchoRank(rank, memory, vocab) for rank in range(len(memory.kv))]
+        self._tp_size = memory.tp_size
+        self._chance = chance
+
+    @property
+    def busy(self) -> bool:
+        return any(rank.busy for rank in self.ranks)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hand a plan to every rank of its group."""
+        for sp_rank in plan.group:
+            for peer in range(self._tp_size):
+                self.ranks[sp_rank * self._tp_size + peer].submit(plan)
+
+    def poll(self) -> StepResult | None:
+        """Poll one busy rank, chosen at random; its result if it has one now."""
+        busy = [rank for rank in self.ranks if rank.busy]
+        return self._chance.choice(busy).poll() if busy else None

@@ -1,0 +1,98 @@
+"""Our policy: an idle server spreads a prompt over its ranks, a busy one packs."""
+
+from __future__ import annotations
+
+from sps_runtime.scheduler.budget import pages_for
+from sps_runtime.scheduler.chunking import chunk_end, chunk_limit
+from sps_runtime.scheduler.policies.decode import decode_steps
+from sps_runtime.scheduler.policies.view import Step, View, mask_ranks, ranks_mask
+from sps_runtime.scheduler.sequence import Run
+
+MOST_WAITING = 64
+"""More waiting requests than this do not change a degree."""
+
+
+class Sps:
+    """Decode where KV lies, in steps of its own; prefill at the degree that the cost model likes.
+
+    The degree of a chunk (LoongServe's elasticity, Tetris' degree per chunk) minimises the mean
+    time to finish, were all n waiting requests like this one: degree d leaves sp / d lanes, so
+
+        T_d * (ceil(n / lanes) + 1) / 2
+
+    With n = 1 that is the fastest degree; with many it is the most efficient one, and short
+    prompts, whose T_d hardly falls with d, go to single ranks beside others' long ones.
+    """
+
+    def steps(self, view: View) -> list[Step]:
+        return decode_steps(view) + self._prefill_steps(view)
+
+    def _prefill_steps(self, view: View) -> list[Step]:
+        load = self._load(view)
+        steps: dict[int, Step] = {}
+        for run in view.runs.values():
+            if not view.may_prefill(run):
+                continue
+            mask = self._group(view, run, load)
+            ranks = mask.bit_count()
+            if not mask:
+                continue
+            step = steps.setdefault(mask, Step(mask, [], "prefill"))
+            left = view.config.max_prefill_tokens * ranks - step.tokens
+            limit = chunk_limit(view.config.chunked_prefill_size, ranks)
+            if step.items:
+                limit = left if limit is None else min(limit, left)
+            page_size = view.cache_config.page_size
+            end = chunk_end(run.sent, run.target, page_size, limit) if left > 0 else run.sent
+            if end > run.sent:
+                step.items.append((run, end - run.sent))
+        return list(steps.values())
+
+    def _load(self, view: View) -> list[float]:
+        """Prompt tokens that each rank has before it, of runs whose group is chosen."""
+        load = [0.0] * view.parallel.sp_size
+        for run in view.runs.values():
+            if run.mask and run.acked < run.target:
+                for rank in mask_ranks(run.mask):
+                    load[rank] += (run.target - run.acked) / run.mask.bit_count()
+        return load
+
+    def _group(self, view: View, run: Run, load: list[float]) -> int:
+        """The group of a run's next chunk; 0 when no rank has room for a page."""
+        if view.parallel.arch == "tp":
+            return view.all_ranks
+        required = view.required(run)
+        degree = max(self._degree(view, run), required.bit_count())
+        page_size = view.cache_config.page_size
+        missing = pages_for(run.target, page_size) - len(run.table.pages)
+        room = view.cache.room()
+
+        def unlikely(rank: int) -> tuple[bool, float, int]:
+            return room[rank] == 0, load[rank] - run.table.owned[rank] * page_size, -room[rank]
+
+        chosen = list(mask_ranks(required))
+        for rank in sorted(set(range(view.parallel.sp_size)) - set(chosen), key=unlikely):
+            enough = sum(room[r] for r in chosen) >= missing
+            if chosen and len(chosen) >= degree and enough:
+                break
+            if room[rank] or not chosen:
+                chosen.append(rank)
+        mask = ranks_mask(chosen)
+        if run.mask != mask:
+            for rank in chosen:
+                load[rank] += (run.target - run.sent) / len(chosen)
+        return mask
+
+    def _degree(self, view: View, run: Run) -> int:
+        """The degree with the least mean time to finish, the smaller of equal ones."""
+        sp_size = view.parallel.sp_size
+        if sp_size == 1:
+            return 1
+        others = sum(other.prefilling for other in view.runs.values()) + view.waiting
+        work = [(run.target - run.sent, run.sent)]
+
+        def mean_time(degree: int) -> float:
+            rounds = -(-min(max(1, others), MOST_WAITING) // (sp_size // degree))
+            return view.costs.prefill_seconds(degree, work) * (rounds + 1) / 2
+
+        return min(range(1, sp_size + 1), key=mean_time)

@@ -1,0 +1,107 @@
+"""From sampled tokens to what clients are told."""
+
+from __future__ import annotations
+
+from sps_runtime.scheduler.sequence import Flight, Run, Sequence
+from sps_runtime.types.errors import EngineDead
+from sps_runtime.types.messages import StopReason, TokensOut
+from sps_runtime.types.plan import SampledToken, TokenLogprobs
+
+
+def collect(run: Run) -> list[TokensOut]:
+    """Take the tokens of a live run's plans, in order, up to the first that is still missing.
+
+    The last message has `finish` set when the sequence ends there; what was sampled beyond is
+    surplus of the overlap and stays untaken.
+
+    Raises:
+        EngineDead: every rank answered a plan and none named its token.
+    """
+    news: list[TokensOut] = []
+    for flight in run.flights:
+        if not flight.samples or flight.taken:
+            continue
+        if flight.token is None and flight.complete:
+            raise EngineDead(f"no rank sampled a token in epoch {flight.epoch}")
+        if flight.token is None or _waits_for_prompt(run, flight):
+            break
+        news.append(_take(run, flight, flight.token))
+        if news[-1].finish is not None:
+            break
+    return news
+
+
+def final(sequence: Sequence, reason: StopReason) -> TokensOut:
+    """A last message without tokens."""
+    return _news(sequence, finish=reason)
+
+
+def prefill_only(run: Run) -> TokensOut | None:
+    """The one message of a request for no tokens, once its whole prompt is written."""
+    if run.sequence.max_new or run.acked < run.target:
+        return None
+    logprobs = _prompt_logprobs(run)
+    return _news(run.sequence, finish=StopReason("length"), prompt_logprobs=logprobs)
+
+
+def _take(run: Run, flight: Flight, sampled: SampledToken) -> TokensOut:
+    sequence = run.sequence
+    flight.taken = True
+    run.unknown -= 1
+    sequence.append(sampled.token)
+    return _news(
+        sequence,
+        tokens=(sampled.token,),
+        finish=_stop_reason(sequence, sampled.token),
+        logprobs=(sampled.logprobs,) if sampled.logprobs is not None else (),
+        prompt_logprobs=_prompt_logprobs(run),
+    )
+
+
+def _stop_reason(sequence: Sequence, token: int) -> StopReason | None:
+    if token in sequence.stop_ids:
+        return StopReason("stop", matched=token)
+    return StopReason("length") if sequence.generated >= sequence.max_new else None
+
+
+def _waits_for_prompt(run: Run, flight: Flight) -> bool:
+    """Prompt logprobs go with the first token, so every rank that has some must have answered."""
+    due = run.sequence.prompt_logprobs_due
+    return due and not (flight.complete and flight is run.flights[0])
+
+
+def _prompt_logprobs(run: Run) -> tuple[TokenLogprobs, ...]:
+    """The wanted prompt logprobs, once; position 0, which nothing precedes, has logprob None."""
+    sequence, wants = run.sequence, run.sequence.request.logprobs
+    if not sequence.prompt_logprobs_due or wants is None:
+        return ()
+    sequence.prompt_logprobs_due = False
+    values: list[TokenLogprobs] = []
+    if wants.prompt_start == 0:
+        values.append(TokenLogprobs(token=sequence.tokens[0], logprob=None))
+    for piece in sorted(run.prompt_pieces, key=lambda piece: piece.start):
+        values.extend(piece.values)
+    run.prompt_pieces.clear()
+    if len(values) != max(0, sequence.prompt_len - wants.prompt_start):
+        raise EngineDead("ranks reported too few prompt logprobs")
+    return tuple(values)
+
+
+def _news(
+    sequence: Sequence,
+    *,
+    tokens: tuple[int, ...] = (),
+    finish: StopReason | None = None,
+    logprobs: tuple[TokenLogprobs, ...] = (),
+    prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+) -> TokensOut:
+    return TokensOut(
+        rid=sequence.rid,
+        tokens=tokens,
+        finish=finish,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        prompt_tokens=sequence.prompt_len,
+        cached_tokens=sequence.cached,
+        retractions=sequence.retractions,
+    )

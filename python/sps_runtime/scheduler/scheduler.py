@@ -1,0 +1,300 @@
+"""The scheduler's pure core: requests, aborts and results in; plans and tokens out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sps_runtime.config.cache import CacheConfig
+from sps_runtime.config.parallel import ParallelConfig
+from sps_runtime.config.scheduler import SchedulerConfig
+from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.kvcache.prefix_cache import PrefixCache
+from sps_runtime.scheduler.admission import Admission
+from sps_runtime.scheduler.budget import most_pages
+from sps_runtime.scheduler.figures import Figures
+from sps_runtime.scheduler.pipeline import Pipeline
+from sps_runtime.scheduler.planner import Pages, Planner
+from sps_runtime.scheduler.policies import make_policy
+from sps_runtime.scheduler.policies.view import Step, View
+from sps_runtime.scheduler.queue import WaitingQueue
+from sps_runtime.scheduler.results import collect, final, prefill_only
+from sps_runtime.scheduler.runs import Runs
+from sps_runtime.scheduler.sequence import Flight, Run, Sequence, new_sequence
+from sps_runtime.types.errors import EngineDead
+from sps_runtime.types.messages import EngineState, PrefillProgress, StopReason, TokensOut
+from sps_runtime.types.plan import StepPlan, StepResult
+from sps_runtime.types.request import GenerateRequest
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the scheduler must know of the model.
+
+    Attributes:
+        context_length: prompt and generated tokens at most.
+        eos_ids: ids that end a sequence unless it ignores them.
+        vocab: ids are below it.
+    """
+
+    context_length: int
+    eos_ids: frozenset[int]
+    vocab: int
+
+
+def board_slots(config: SchedulerConfig) -> int:
+    """Slots that the token board must have. A slot stays taken until a run's plans are answered."""
+    return config.max_running_requests
+
+
+class Scheduler:
+    """Continuous batching over SP ranks, without clock, socket, thread or tensor.
+
+    The caller sends what `next_plans` returns to the ranks named in each plan's group, hands every
+    `StepResult` to `on_result`, and passes on the tokens. Each accepted request gets exactly one
+    message with `finish` set. After any call, `next_plans` may have more to send.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache_config: CacheConfig,
+        parallel: ParallelConfig,
+        limits: ModelLimits,
+        costs: StepCosts,
+    ) -> None:
+        self._limits = limits
+        self._cache = PrefixCache(
+            cache_config.page_size,
+            parallel.sp_size,
+            cache_config.pages_per_rank,
+            enabled=cache_config.enable_prefix_cache,
+            eviction=cache_config.eviction,
+        )
+        self._runs = Runs(self._cache, board_slots(config))
+        self._view = View(config, cache_config, parallel, costs, self._cache, self._runs.live)
+        self._queue = WaitingQueue(config.schedule_policy, config.max_queued_requests)
+        self._admission = Admission(self._view, self._queue, self._runs)
+        self._pipeline = Pipeline(self._cache, parallel.tp_size, config.max_steps_in_flight)
+        self._planner = Planner(self._view)
+        self._policy = make_policy(config.policy)
+        self._figures = Figures()
+        self._sequences: dict[str, Sequence] = {}
+        self._run_of: dict[str, Run] = {}
+        self._arrivals = 0
+        self._progress: list[PrefillProgress] = []
+
+    def add(self, request: GenerateRequest) -> list[TokensOut]:
+        """Accept a request. Returns its final message when it can never be served, or not now.
+
+        A request id that is live already is ignored: ids are unique by contract.
+        """
+        if request.rid in self._sequences:
+            return []
+        sequence = new_sequence(
+            request,
+            self._arrivals,
+            kv_dtype=self._view.cache_config.kv_dtype,
+            context_length=self._limits.context_length,
+            eos_ids=self._limits.eos_ids,
+        )
+        refusal = self._refusal(sequence)
+        if refusal is not None:
+            return [final(sequence, refusal)]
+        self._arrivals += 1
+        self._sequences[sequence.rid] = sequence
+        self._queue.push(sequence)
+        return []
+
+    def abort(self, rid: str, message: str = "aborted") -> list[TokensOut]:
+        """End a request now, wherever it is. Unknown and finished ids give nothing."""
+        sequence = self._sequences.get(rid)
+        if sequence is None:
+            return []
+        self._figures.aborts_total += 1
+        return [self._finish(sequence, StopReason("abort", message=message))]
+
+    def flush(self) -> bool:
+        """Drop every cached page; refused while requests run or wait."""
+        if self._sequences:
+            return False
+        self._cache.flush()
+        return True
+
+    def next_plans(self) -> list[StepPlan]:
+        """Every plan that may be sent now, to be sent in this order."""
+        plans: list[StepPlan] = []
+        stuck = False
+        while self._pipeline.any_room():
+            if not stuck:
+                self._admit()
+            step = self._next_step()
+            stuck = step is None
+            if step is not None:
+                plans.append(self._send(step))
+            elif self._pipeline.idle and len(self._runs) > 1:
+                self._retract(self._runs.newest())
+            else:
+                break
+        return plans
+
+    def on_result(self, result: StepResult) -> list[TokensOut]:
+        """Take one rank's answer to one plan.
+
+        Raises:
+            EngineDead: the step failed, or the rank owed no such answer: ranks may have diverged.
+        """
+        if result.error is not None:
+            raise EngineDead(f"rank {result.rank} failed in epoch {result.epoch}: {result.error}")
+        if not self._pipeline.expects(result.epoch, result.rank):
+            raise EngineDead(f"rank {result.rank} owes no answer to epoch {result.epoch}")
+        flights = self._pipeline.sent[result.epoch].flights
+        for sampled in result.sampled:
+            flights[sampled.slot][1].token = sampled
+        for piece in result.prompt_logprobs:
+            flights[piece.slot][0].prompt_pieces.append(piece)
+        self._figures.add_counters(result.counters)
+        complete = self._pipeline.acknowledge(result.epoch, result.rank)
+        self._figures.steps_total += complete
+        runs = [run for run, _ in flights.values()]
+        if not complete:
+            runs = [flights[sampled.slot][0] for sampled in result.sampled]
+        return [news for run in runs for news in self._advance(run)]
+
+    def take_progress(self) -> list[PrefillProgress]:
+        """How far prompts have come that take several steps, since the last call."""
+        progress, self._progress = self._progress, []
+        return progress
+
+    def state(self) -> EngineState:
+        """A snapshot; `step_age_s` is left to whoever has a clock."""
+        return self._figures.state(self._cache, len(self._runs), len(self._queue))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or is under way."""
+        return not self._sequences and self._pipeline.idle
+
+    def check(self) -> None:
+        """Raise AssertionError unless every invariant holds (for tests; O(pool))."""
+        self._cache.check()
+        self._runs.check()
+        self._pipeline.check()
+        waiting = {sequence.rid for sequence in self._queue}
+        running = {run.sequence.rid for run in self._runs.live.values()}
+        assert len(waiting) == len(self._queue) and not waiting & running, "a request is twice"
+        assert waiting | running == self._sequences.keys(), "a request is nowhere"
+        assert {rid: run for rid, run in self._run_of.items() if run.live} == self._run_of
+        assert self._run_of.keys() == running, "a run is lost"
+        if self._pipeline.idle:
+            assert not self._runs.draining, "a run drains for ever"
+            assert self._cache.quarantined() == 0, "a page is quarantined for ever"
+
+    def _refusal(self, sequence: Sequence) -> StopReason | None:
+        context, size = self._limits.context_length, self._view.cache_config.page_size
+        length, pages = sequence.prompt_len, most_pages(sequence, size)
+        if length == 0:
+            return StopReason("abort", message="the prompt is empty", status=400)
+        if length > context or (length == context and sequence.request.sampling.max_new_tokens):
+            message = f"the prompt has {length} tokens; the context has room for {context}"
+            return StopReason("abort", message=message, status=400)
+        if min(sequence.tokens) < 0 or max(sequence.tokens) >= self._limits.vocab:
+            message = f"token ids must lie in [0, {self._limits.vocab})"
+            return StopReason("abort", message=message, status=400)
+        total = self._cache.allocator.total
+        if pages > total:
+            message = (
+                f"prompt and max_new_tokens need {pages * size} tokens of KV cache; "
+                f"the server has {total * size}"
+            )
+            return StopReason("abort", message=message, status=400)
+        if self._queue.full:
+            return StopReason("abort", message="the waiting queue is full", status=503)
+        return None
+
+    def _admit(self) -> None:
+        self._view.waiting = len(self._queue)
+        for run in self._admission.admit():
+            sequence = run.sequence
+            self._run_of[sequence.rid] = run
+            if sequence.first_run:
+                sequence.first_run = False
+                sequence.cached = run.sent
+                self._figures.prompt_tokens_total += sequence.prompt_len
+                self._figures.cached_tokens_total += run.sent
+        self._view.waiting = len(self._queue)
+
+    def _next_step(self) -> Step | None:
+        """The step whose turn it is, with its pages; None when nothing can go now."""
+        while True:
+            for step in self._pipeline.turns(self._policy.steps(self._view)):
+                outcome = self._planner.reserve(step)
+                if outcome is Pages.READY:
+                    return step
+                if outcome is Pages.CHANGED or self._made_room(step):
+                    break
+            else:
+                return None
+
+    def _made_room(self, step: Step) -> bool:
+        """Retract the newest run for decodes that are out of pages, unless pages will come free."""
+        coming = self._cache.quarantined() or self._runs.draining
+        if step.phase == "prefill" or coming or len(self._runs) < 2:
+            return False
+        self._retract(self._runs.newest())
+        return True
+
+    def _retract(self, run: Run) -> None:
+        """Take a run's pages away; its sequence starts again from all its tokens."""
+        sequence = run.sequence
+        sequence.retractions += 1
+        self._figures.retractions_total += 1
+        del self._run_of[sequence.rid]
+        self._runs.end(run)
+        self._queue.push(sequence)
+
+    def _send(self, step: Step) -> StepPlan:
+        epoch = self._pipeline.send(step)
+        plan = self._planner.build(epoch, step)
+        flights = self._pipeline.sent[epoch].flights
+        for run, count in step.items:
+            flight = Flight(epoch, run.sent + count, self._planner.samples(run, count))
+            run.flights.append(flight)
+            run.sent += count
+            run.unknown += flight.samples
+            run.mask = step.mask
+            flights[run.slot] = (run, flight)
+        return plan
+
+    def _advance(self, run: Run) -> list[TokensOut]:
+        """Take a run's new tokens, commit its new pages, end it where it ends."""
+        acked = run.acked
+        self._runs.settle(run)
+        if not run.live:
+            return []
+        news = collect(run)
+        self._figures.generated_tokens_total += len(news)
+        if not run.sequence.max_new and (message := prefill_only(run)):
+            news = [message]
+        if news and news[-1].finish is not None:
+            self._end(run)
+            return news
+        if news:
+            self._runs.settle(run)
+        if acked < run.acked < run.target:
+            self._progress.append(PrefillProgress(run.sequence.rid, run.acked, run.target))
+        return news
+
+    def _finish(self, sequence: Sequence, reason: StopReason) -> TokensOut:
+        """End a request that waits or runs, with a message of no tokens."""
+        run = self._run_of.get(sequence.rid)
+        if run is None:
+            self._queue.remove(sequence)
+            del self._sequences[sequence.rid]
+        else:
+            self._end(run)
+        return final(sequence, reason)
+
+    def _end(self, run: Run) -> None:
+        rid = run.sequence.rid
+        del self._sequences[rid], self._run_of[rid]
+        self._runs.end(run)
