@@ -23,6 +23,7 @@ from sps_runtime.types.errors import ConfigError
 
 HEADER_BYTES = 4096
 HEADER = struct.Struct("<8s32sQ")
+STATE = struct.Struct("<Q")
 MAGIC = b"spsweigh"
 READY, FAILED = 1, 2
 POLL_S = 0.01
@@ -66,14 +67,15 @@ def create_shared_arena(layout: Layout, fd: int, fill: Callable[[Arena], None]) 
     When filling fails the mark says so, so that the ranks that wait do not wait on.
     """
     os.ftruncate(fd, HEADER_BYTES + layout.nbytes)
-    with mmap.mmap(fd, HEADER_BYTES) as header:
-        state = FAILED
-        try:
-            writable = mmap.mmap(fd, HEADER_BYTES + layout.nbytes)
-            fill(Arena(layout, torch.frombuffer(writable, dtype=torch.uint8)[HEADER_BYTES:]))
-            state = READY
-        finally:
-            header[: HEADER.size] = HEADER.pack(MAGIC, layout.digest(), state)
+    state = FAILED
+    try:
+        writable = mmap.mmap(fd, HEADER_BYTES + layout.nbytes)
+        fill(Arena(layout, torch.frombuffer(writable, dtype=torch.uint8)[HEADER_BYTES:]))
+        state = READY
+    finally:
+        # The state last and by itself: who reads it has everything before it.
+        os.pwrite(fd, MAGIC + layout.digest(), 0)
+        os.pwrite(fd, STATE.pack(state), HEADER.size - STATE.size)
     return _map_read_only(layout, fd)
 
 
