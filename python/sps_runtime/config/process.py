@@ -59,17 +59,11 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The scheduler's process.
-
-    Attributes:
-        eos_token_ids: the model's; they end a request unless it ignores them.
-        vocab_size: ids that exist.
-    """
+    """The scheduler's process. Inherited descriptor: ``heartbeat`` (`ipc.heartbeat`)."""
 
     engine: EngineConfig
     endpoints: Endpoints
-    eos_token_ids: tuple[int, ...]
-    vocab_size: int
+    run_dir: str
     log: LogConfig = LogConfig()
 
 

@@ -76,6 +76,14 @@ def _open(
     return socket
 
 
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Any) -> bytes:
+    """The frame of a message, to be sent to several receivers by `Sender.send_encoded`."""
+    return _encoder.encode(message)
+
+
 class Sender(Generic[T]):
     """The sending end of a link; usable from asyncio too, because it never blocks.
 
@@ -95,7 +103,6 @@ class Sender(Generic[T]):
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self.endpoint = endpoint
-        self._encoder = msgspec.msgpack.Encoder()
         self._max = max_frame_bytes
         self._socket = _open(
             context, zmq.PUSH, endpoint, bind=bind, curve=curve, max_frame_bytes=max_frame_bytes
@@ -109,7 +116,10 @@ class Sender(Generic[T]):
             ConnectionError: when the other side has not read for `MAX_QUEUED_FRAMES` messages, or
                 (binding senders) nobody is connected.
         """
-        frame = self._encoder.encode(message)
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, frame: bytes) -> None:
+        """`send` of what `encode` returned."""
         if len(frame) > self._max:
             raise ValueError(f"message of {len(frame)} bytes exceeds the limit of {self._max}")
         try:

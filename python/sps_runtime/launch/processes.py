@@ -72,8 +72,7 @@ class EngineProcesses:
         settings = SchedulerProcessConfig(
             engine=self.config,
             endpoints=self.endpoints,
-            eos_token_ids=self.model.eos_token_ids,
-            vocab_size=self.model.vocab_size,
+            run_dir=str(self.run_dir.path),
             log=self.log,
         )
         fds = {"heartbeat": self._heartbeat_fd}

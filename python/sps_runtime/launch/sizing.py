@@ -19,7 +19,7 @@ DEFAULT_PAGE_SIZE = 64
 DEFAULT_KV_SHARE = 0.5
 DEFAULT_TOKENS_CAP = 1 << 20
 """Tokens of KV at most unless told: more helps few, and holds memory that others may need."""
-ECHO_BYTES_PER_TOKEN = 16
+ECHO_BYTES_PER_TOKEN = 8
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 

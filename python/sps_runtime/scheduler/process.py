@@ -1,0 +1,137 @@
+"""The scheduler's process: wait for all ranks, then loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.costmodel.strategy import ModelShape
+from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
+
+from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.model import ModelConfig, load_model_config
+from sps_runtime.config.process import SchedulerProcessConfig
+from sps_runtime.ipc.heartbeat import Heartbeat
+from sps_runtime.ipc.links import Receiver, Sender, new_context
+from sps_runtime.ipc.process import ChildContext, child_context
+from sps_runtime.ipc.run_dir import remove_run_dir
+from sps_runtime.scheduler.loop import Links, SchedulerLoop, Watchdog
+from sps_runtime.telemetry.logs import setup_logging
+from sps_runtime.types.errors import ConfigError
+from sps_runtime.types.messages import (
+    EngineFailed,
+    EngineReady,
+    FromRank,
+    RankReady,
+    ToFrontend,
+    ToRank,
+    ToScheduler,
+)
+
+logger = logging.getLogger(__name__)
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def main() -> None:
+    with child_context(SchedulerProcessConfig, survive_to_clean_up=True) as child:
+        config = child.config
+        setup_logging(config.log.level, config.log.format, child.name)
+        child.on_parent_death(lambda: remove_run_dir(Path(config.run_dir)))
+        run(child)
+
+
+def run(child: ChildContext[SchedulerProcessConfig]) -> None:
+    """Schedule until told to stop; whatever ends it otherwise is told to the front end first."""
+    config = child.config
+    links = _open_links(config)
+    try:
+        ready = _wait_for_ranks(links.results, config.engine)
+        loop = SchedulerLoop(
+            make_scheduler(config.engine, load_model_config(config.engine.model_path), ready),
+            links,
+            tp_size=config.engine.parallel.tp_size,
+            watchdog=Watchdog(config.engine.watchdog_timeout_s, time.monotonic),
+            heartbeat=Heartbeat(child.fds["heartbeat"]),
+        )
+        cache = config.engine.cache
+        links.frontend.send(EngineReady(config.engine.max_total_tokens, cache.page_size))
+        child.ready()
+        loop.run()
+    except Exception as error:
+        links.frontend.send(EngineFailed(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        links.close()
+
+
+def make_scheduler(
+    config: EngineConfig, model: ModelConfig, ready: Mapping[int, RankReady]
+) -> Scheduler:
+    """The scheduler of an engine whose ranks measured `ready`."""
+    costs = StepCosts(
+        shape=_model_shape(config, model),
+        link=ready[0].link,
+        flops_per_s=min(rank.flops_per_s for rank in ready.values()),
+    )
+    limits = ModelLimits(
+        context_length=config.context_length,
+        eos_ids=frozenset(model.eos_token_ids),
+        vocab=model.vocab_size,
+    )
+    return Scheduler(config.scheduler, config.cache, config.parallel, limits, costs)
+
+
+def _model_shape(config: EngineConfig, model: ModelConfig) -> ModelShape:
+    """What one global rank holds: its TP slice."""
+    tp_size = config.parallel.tp_size
+    heads, kv_heads = model.heads_per_rank(tp_size), model.kv_heads_per_rank(tp_size)
+    attention = model.hidden_size * (2 * heads + 2 * kv_heads) * model.head_dim
+    mlp = 3 * model.hidden_size * model.intermediate_size // tp_size
+    return ModelShape(
+        layers=model.num_layers,
+        hidden=model.hidden_size,
+        q_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=model.head_dim,
+        linear_params=model.num_layers * (attention + mlp),
+        element_bytes=_ELEMENT_BYTES[config.dtype],
+    )
+
+
+def _open_links(config: SchedulerProcessConfig) -> Links:
+    context, endpoints = new_context(), config.endpoints
+    requests: Receiver[ToScheduler] = Receiver(context, endpoints.scheduler, ToScheduler)
+    results: Receiver[FromRank] = Receiver(context, endpoints.results, FromRank)
+    frontend: Sender[ToFrontend] = Sender(context, endpoints.frontend)
+    ranks: list[Sender[ToRank]] = [Sender(context, endpoint) for endpoint in endpoints.ranks]
+    return Links(context, requests, results, frontend, ranks)
+
+
+def _wait_for_ranks(results: Receiver[FromRank], config: EngineConfig) -> dict[int, RankReady]:
+    """Wait until every rank is loaded and warm. The supervisor sees those that die before.
+
+    Raises:
+        ConfigError: when a rank's pool is not what was planned.
+    """
+    ready: dict[int, RankReady] = {}
+    while len(ready) < config.parallel.world_size:
+        message = results.receive()
+        if not isinstance(message, RankReady):
+            logger.warning("a rank answers before it is ready")
+            continue
+        if message.pages != config.cache.pages_per_rank:
+            raise ConfigError(
+                f"rank {message.rank} has {message.pages} pages instead of "
+                f"{config.cache.pages_per_rank}"
+            )
+        ready[message.rank] = message
+        logger.info("rank %d is ready: %s", message.rank, message.detail)
+    return ready
+
+
+if __name__ == "__main__":
+    main()
