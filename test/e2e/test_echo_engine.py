@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 import zmq
-from sps_runtime.runner.echo import echo_generate
 from test.kit.echo_engine import VOCAB, EchoEngine, request, write_config
 
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.ipc.links import new_context
+from sps_runtime.runner.echo import echo_generate
 from sps_runtime.types.messages import (
     Abort,
     EngineState,

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import msgspec
 import zmq
-from sps_runtime.scheduler.scheduler import Scheduler
 
 from sps_runtime.ipc.heartbeat import Heartbeat
 from sps_runtime.ipc.links import Receiver, Sender, encode
+from sps_runtime.scheduler.scheduler import Scheduler
 from sps_runtime.types.errors import EngineDead
 from sps_runtime.types.messages import (
     Abort,
@@ -39,7 +39,7 @@ from sps_runtime.types.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
-TURN_S = 0.25
+TURN_MS = 250
 """A turn waits no longer than this, so that heartbeat and watchdog keep their time."""
 STATE_EVERY_S = 1.0
 
@@ -136,7 +136,7 @@ class SchedulerLoop:
             EngineDead: a rank failed, or does not answer.
         """
         while not self._stopping:
-            self._poller.poll(TURN_S * 1000)
+            self._poller.poll(TURN_MS)
             self.turn()
 
     def turn(self) -> None:

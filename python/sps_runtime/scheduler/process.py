@@ -7,18 +7,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from sps_runtime.costmodel.costs import StepCosts
-from sps_runtime.costmodel.strategy import ModelShape
-from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
-
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig, load_model_config
 from sps_runtime.config.process import SchedulerProcessConfig
+from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.costmodel.strategy import ModelShape
 from sps_runtime.ipc.heartbeat import Heartbeat
 from sps_runtime.ipc.links import Receiver, Sender, new_context
 from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.ipc.run_dir import remove_run_dir
 from sps_runtime.scheduler.loop import Links, SchedulerLoop, Watchdog
+from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.errors import ConfigError
 from sps_runtime.types.messages import (
