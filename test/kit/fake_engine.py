@@ -77,10 +77,12 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.max_total_tokens = max_total_tokens
         self.held = False
+        self.said_ready = False
         if ready:
             self.become_ready()
 
     def become_ready(self) -> None:
+        self.said_ready = True
         self._outbox.put_nowait(EngineReady(self.max_total_tokens, 64))
 
     def fail(self, why: str = "rank 0 died") -> None:

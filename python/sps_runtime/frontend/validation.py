@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sps_runtime.frontend.limits import Limits
-from sps_runtime.frontend.query import LogprobOptions, Query, SamplingOptions, TokenPrompt
+from sps_runtime.frontend.query import (
+    LogprobOptions,
+    Query,
+    SamplingOptions,
+    TextPrompt,
+    TokenPrompt,
+)
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import GREEDY_TEMPERATURE, LogprobParams, SamplingParams
@@ -121,6 +127,8 @@ class Gate:
         self.choices(query)
         if isinstance(query.prompt, TokenPrompt):
             self._check_prompt(fields, query.prompt.ids)
+        elif isinstance(query.prompt, TextPrompt) and not query.prompt.text:
+            raise fields.fail("prompt", "is empty")
         self._sampling(query, fields, prompt_tokens=1)
         self._logprobs(query.logprobs, fields, None)
 

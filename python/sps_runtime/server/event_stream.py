@@ -1,0 +1,107 @@
+"""Server-sent events: headers at admission, comments in silence, a bound on slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from sps_runtime.frontend.output_group import OutputGroup
+from sps_runtime.frontend.request_state import Output
+from sps_runtime.server.answers import aborted_with_client, raise_failure
+from sps_runtime.server.error_handlers import describe, request_id_header
+from sps_runtime.server.service import Call
+
+logger = logging.getLogger(__name__)
+
+ABORT_EXTENSION = "sps.abort"
+"""ASGI extension of our protocol class: closes the connection without waiting for its reader."""
+_PING = b": ping\n\n"
+_DONE = b"data: [DONE]\n\n"
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+Events = Callable[[Output], Iterable[Any]]
+
+
+class EventStream:
+    """The streamed answer of an admitted group.
+
+    Args:
+        call: the HTTP request.
+        group: its sequences.
+        events: turns one output into JSON-able events.
+        opening: events sent before the first output.
+        closing: makes the events after the last one.
+        headers: further response headers.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        group: OutputGroup,
+        events: Events,
+        *,
+        opening: Iterable[Any] = (),
+        closing: Callable[[], Iterable[Any]] = tuple,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._request = call.request
+        self._timeouts = call.service.timeouts
+        self._group = group
+        self._events = events
+        self._opening = opening
+        self._closing = closing
+        self._headers = {**_HEADERS, **request_id_header(call.request), **(headers or {})}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aborted_with_client(self._request, self._group):
+                await self._run(send)
+        except TimeoutError:
+            logger.warning("a client that does not read was cut off")
+            abort = scope.get("extensions", {}).get(ABORT_EXTENSION)
+            if abort is not None:
+                abort()
+        except OSError:
+            logger.debug("a client went away")
+
+    async def _run(self, send: Send) -> None:
+        headers = [(k.encode(), v.encode("latin-1")) for k, v in self._headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for chunk in self._chunks():
+            async with asyncio.timeout(self._timeouts.stall):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        yield b"".join(map(_event, self._opening))
+        try:
+            async for chunk in self._output_chunks():
+                yield chunk
+            yield b"".join(map(_event, self._closing()))
+        except Exception as error:
+            yield _event({"error": describe(error)[1]["error"]})
+        yield _DONE
+
+    async def _output_chunks(self) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                output = await self._group.next(self._timeouts.ping)
+            except StopAsyncIteration:
+                return
+            if output is None:
+                yield _PING
+                continue
+            raise_failure(output.finish)
+            yield b"".join(map(_event, self._events(output)))
+
+
+def _event(payload: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(payload) + b"\n\n"

@@ -1,0 +1,128 @@
+"""Bodies of OpenAI's routes, with the further options that SGLang's clients send."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from sps_runtime.frontend.query import SamplingOptions
+from sps_runtime.server.body import NOTHING, decode
+from sps_runtime.types.errors import InvalidRequest
+
+
+class StreamOptions(msgspec.Struct):
+    """``stream_options``."""
+
+    include_usage: bool | None = None
+
+
+class OpenAIBody(msgspec.Struct, kw_only=True):
+    """What both routes have in common."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    rid: str | list[str] | None = None
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, max_new_tokens: int | None) -> SamplingOptions:
+        """Return the options in the gate's words."""
+        return SamplingOptions(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            sampling_seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            no_stop_trim=bool(self.no_stop_trim or self.include_stop_str_in_output),
+            n=self.n,
+        )
+
+
+class CompletionBody(OpenAIBody, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: msgspec.Raw = NOTHING
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class ContentPart(msgspec.Struct):
+    """One part of a message; text is the only kind there is here."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+
+
+class ChatBody(OpenAIBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def parse_prompts(raw: msgspec.Raw, field: str) -> list[str | list[int]]:
+    """Decode ``str | list[str] | list[int] | list[list[int]]``; a single prompt is a list of one.
+
+    Raises:
+        InvalidRequest: for anything else, and for an empty list.
+    """
+    text = bytes(raw).lstrip()
+    if text.startswith(b'"'):
+        return [decode(raw, str, field=field)]
+    inner = text[1:].lstrip()[:1] if text.startswith(b"[") else b""
+    if inner == b'"':
+        return list(decode(raw, list[str], field=field))
+    if inner == b"[":
+        return list(decode(raw, list[list[int]], field=field))
+    if inner and inner != b"]":
+        return [decode(raw, list[int], field=field)]
+    if text in (b"null", b"") or inner == b"]":
+        raise InvalidRequest(f"{field} is empty", field=field)
+    raise InvalidRequest(f"{field} must be text, token ids, or a list of either", field=field)

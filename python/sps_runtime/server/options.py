@@ -1,0 +1,127 @@
+"""Options that this server does not have: those that would change the answer are refused by name.
+
+Anything else that a body brings and no struct knows is accepted and named in the response header
+``x-sps-ignored``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from sps_runtime.server.body import decode, is_nothing
+from sps_runtime.types.errors import InvalidRequest
+
+IGNORED_HEADER = "x-sps-ignored"
+_MAX_NAMED = 20
+
+_STRUCTURED = {
+    "regex",
+    "json_schema",
+    "ebnf",
+    "structural_tag",
+    "stop_regex",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+}
+_FOREIGN = {
+    "custom_logit_processor",
+    "custom_params",
+    "lora_path",
+    "lora_id",
+    "session_params",
+    "image_data",
+    "video_data",
+    "audio_data",
+    "input_embeds",
+    "prompt_embeds",
+    "return_hidden_states",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "bad_words",
+    "allowed_token_ids",
+    "logits_processors",
+    "use_beam_search",
+    "length_penalty",
+    "truncate_prompt_tokens",
+    "cache_salt",
+    "extra_key",
+    "return_routed_experts",
+}
+NATIVE = frozenset(_STRUCTURED | _FOREIGN)
+OPENAI = frozenset(
+    _STRUCTURED
+    | _FOREIGN
+    | {
+        "best_of",
+        "suffix",
+        "tools",
+        "tool_choice",
+        "functions",
+        "function_call",
+        "response_format",
+        "modalities",
+        "audio",
+        "prediction",
+        "web_search_options",
+        "reasoning_effort",
+        "verbosity",
+        "prompt_logprobs",
+        "return_token_ids",
+        "chat_template",
+        "continue_final_message",
+        "documents",
+        "add_special_tokens",
+        "response_prefix",
+    }
+)
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "length_penalty": (1, 1.0),
+    "add_special_tokens": (True,),
+}
+_NEEDLESS = frozenset({"model", "user", "store", "metadata", "service_tier"})
+"""Known, without any effect on the answer, and sent by ordinary clients: not worth naming."""
+
+
+def check_options(
+    fields: Mapping[str, msgspec.Raw], known: type[msgspec.Struct], unsupported: frozenset[str]
+) -> dict[str, str]:
+    """Refuse what cannot be honoured; return the response headers that name what was ignored.
+
+    Args:
+        fields: the body's top level.
+        known: the struct that the body is decoded into.
+        unsupported: names to refuse.
+
+    Raises:
+        InvalidRequest: naming the first unsupported option that is really used.
+    """
+    names = set(fields) - set(known.__struct_encode_fields__)
+    for name in sorted(names & unsupported):
+        refuse_if_used(name, fields[name])
+    ignored = sorted(names - unsupported - _NEEDLESS)
+    printable = [name for name in ignored if name.isascii() and name.isidentifier()]
+    shown = [name[:64] for name in printable[:_MAX_NAMED]]
+    if len(ignored) > len(shown):
+        shown.append(f"+{len(ignored) - len(shown)}")
+    return {IGNORED_HEADER: ", ".join(shown)} if shown else {}
+
+
+def refuse_if_used(name: str, raw: msgspec.Raw) -> None:
+    """Raise unless the value says nothing or asks for what is done anyway."""
+    if is_nothing(raw) or decode(raw, Any, field=name) in _HARMLESS.get(name, ()):
+        return
+    raise InvalidRequest(
+        f"{name} is not supported by this server", field=name, code="unsupported_option"
+    )

@@ -1,0 +1,125 @@
+"""Bodies of SGLang's native routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from sps_runtime.frontend.query import LogprobOptions, SamplingOptions
+from sps_runtime.server.body import NOTHING, decode, is_nothing
+from sps_runtime.types.errors import InvalidRequest
+
+_UNSUPPORTED = ("stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "custom_params")
+SAMPLING = "sampling_params"
+
+
+class NativeSampling(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``sampling_params``: unknown keys are an error, grammars are not supported yet."""
+
+    stop_regex: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
+    custom_params: Any = None
+
+    def checked(self) -> SamplingOptions:
+        """Return the plain options.
+
+        Raises:
+            InvalidRequest: naming an unsupported option that is really used.
+        """
+        for name in _UNSUPPORTED:
+            if getattr(self, name):
+                field = f"{SAMPLING}.{name}"
+                raise InvalidRequest(
+                    f"{field} is not supported by this server",
+                    field=field,
+                    code="unsupported_option",
+                )
+        names = SamplingOptions.__struct_fields__
+        return SamplingOptions(**{name: getattr(self, name) for name in names})
+
+
+class GenerateBody(msgspec.Struct, kw_only=True):
+    """POST or PUT /generate."""
+
+    text: str | list[str] | None = None
+    input_ids: msgspec.Raw = NOTHING
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    rid: str | list[str] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: msgspec.Raw = NOTHING
+    return_text_in_logprobs: bool | None = None
+    stream: bool | None = None
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the input is a list of prompts, so that the answer is a list, too."""
+        if self.text is not None:
+            return isinstance(self.text, list)
+        return bytes(self.input_ids).lstrip()[1:].lstrip().startswith(b"[")
+
+    def prompts(self) -> tuple[str, list[str | list[int]]]:
+        """Return the input's field name and its prompts.
+
+        Raises:
+            InvalidRequest: unless exactly one of text and input_ids is there.
+        """
+        has_ids = not is_nothing(self.input_ids)
+        if self.text is not None and has_ids:
+            raise InvalidRequest("give text or input_ids, not both", field="input_ids")
+        if self.text is not None:
+            prompts: list[str | list[int]] = (
+                [self.text] if isinstance(self.text, str) else list(self.text)
+            )
+            field = "text"
+        else:
+            field = "input_ids"
+            kind = list[list[int]] if self.is_batch else list[int]
+            ids = decode(self.input_ids, kind, field=field) if has_ids else []
+            prompts = list(ids) if self.is_batch else [ids]
+        if not prompts or prompts == [[]]:
+            raise InvalidRequest("text or input_ids is empty", field=field)
+        return field, prompts
+
+    def sampling(self, prompts: int) -> list[SamplingOptions]:
+        """Return the options of each prompt."""
+        told = self.sampling_params
+        if not isinstance(told, list):
+            return [(told or NativeSampling()).checked()] * prompts
+        return [options.checked() for options in _per_prompt(SAMPLING, told, prompts, None)]
+
+    def logprobs(self, prompts: int) -> list[LogprobOptions | None]:
+        """Return the wanted logprobs of each prompt."""
+        wanted = _per_prompt("return_logprob", self.return_logprob, prompts, False)
+        starts = _per_prompt("logprob_start_len", self.logprob_start_len, prompts, -1)
+        tops = _per_prompt("top_logprobs_num", self.top_logprobs_num, prompts, 0)
+        ids = self._wanted_ids(prompts)
+        return [
+            LogprobOptions(tops[i], ids[i], starts[i]) if wanted[i] else None
+            for i in range(prompts)
+        ]
+
+    def _wanted_ids(self, prompts: int) -> list[list[int]]:
+        field = "token_ids_logprob"
+        if is_nothing(self.token_ids_logprob):
+            return [[]] * prompts
+        nested = bytes(self.token_ids_logprob).lstrip()[1:].lstrip()[:1] in (b"[", b"n")
+        if not nested:
+            return [decode(self.token_ids_logprob, list[int], field=field)] * prompts
+        listed = decode(self.token_ids_logprob, list[list[int] | None], field=field)
+        return [ids or [] for ids in _per_prompt(field, listed, prompts, None)]
+
+
+def _per_prompt(field: str, value: Any, prompts: int, default: Any) -> Sequence[Any]:
+    """One value for all prompts, or a list with one for each."""
+    if not isinstance(value, list):
+        return [default if value is None else value] * prompts
+    if len(value) != prompts:
+        raise InvalidRequest(f"{field} must have one entry for each of {prompts}", field=field)
+    return value

@@ -1,0 +1,81 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.types import ASGIApp
+
+from sps_runtime.frontend.query import ChatPrompt, Query, TextPrompt
+from sps_runtime.frontend.validation import check_ids
+from sps_runtime.server.admin import as_json
+from sps_runtime.server.body import NOTHING, decode, decode_fields, is_nothing, read_body
+from sps_runtime.server.openai_chat import chat_prompt
+from sps_runtime.server.openai_types import Message
+from sps_runtime.server.service import Call
+from sps_runtime.types.errors import InvalidRequest
+
+
+class _TokenizeBody(msgspec.Struct):
+    prompt: str | list[str] | None = None
+    messages: list[Message] | None = None
+    model: str | None = None
+
+
+class _DetokenizeBody(msgspec.Struct):
+    tokens: msgspec.Raw = NOTHING
+    skip_special_tokens: bool | None = None
+    model: str | None = None
+
+
+async def tokenize(call: Call) -> ASGIApp:
+    """Text or a conversation to ids."""
+    service = call.service
+    manager = service.manager
+    raw = await read_body(call.request, manager.limits.max_body_bytes, service.timeouts.body)
+    decode_fields(raw)
+    body: _TokenizeBody = decode(raw, _TokenizeBody)
+    service.check_model(body.model)
+    prompts = _prompts(body)
+    if len(prompts) > manager.limits.max_prompts:
+        raise InvalidRequest("prompt holds too many texts", field="prompt")
+    names = {"prompt": "prompt" if body.messages is None else "messages"}
+    tokens = [list(await manager.tokenize(Query(prompt=p, names=names))) for p in prompts]
+    counts = [len(ids) for ids in tokens]
+    single = not isinstance(body.prompt, list)
+    return as_json(
+        {
+            "tokens": tokens[0] if single else tokens,
+            "count": counts[0] if single else counts,
+            "max_model_len": manager.limits.context_length,
+        }
+    )
+
+
+def _prompts(body: _TokenizeBody) -> list[TextPrompt | ChatPrompt]:
+    if body.messages is not None and body.prompt is None:
+        return [chat_prompt(body.messages, {})]
+    if body.messages is not None or body.prompt is None or body.prompt == []:
+        raise InvalidRequest("give prompt or messages", field="prompt")
+    texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    return [TextPrompt(text) for text in texts]
+
+
+async def detokenize(call: Call) -> ASGIApp:
+    """Ids to text."""
+    service = call.service
+    limits = service.manager.limits
+    raw = await read_body(call.request, limits.max_body_bytes, service.timeouts.body)
+    decode_fields(raw)
+    body: _DetokenizeBody = decode(raw, _DetokenizeBody)
+    service.check_model(body.model)
+    if is_nothing(body.tokens):
+        raise InvalidRequest("tokens is empty", field="tokens")
+    nested = bytes(body.tokens).lstrip()[1:].lstrip().startswith(b"[")
+    kind = list[list[int]] if nested else list[int]
+    ids = decode(body.tokens, kind, field="tokens")
+    batch = ids if nested else [ids]
+    for one in batch:
+        check_ids(one, limits.vocab_size, "tokens")
+    skip = body.skip_special_tokens is not False
+    texts = [service.manager.tokenizer.decode(one, skip_special_tokens=skip) for one in batch]
+    return as_json({"text": texts if nested else texts[0]})
