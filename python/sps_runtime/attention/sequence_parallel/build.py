@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.registry import resolve
 from sps_runtime.types.plan import StepPlan
 
 _HERE = "sps_runtime.attention.sequence_parallel"
@@ -48,7 +48,6 @@ def sequence_attention(
         ConnectionError: from a call, when a peer is gone or late.
         ValueError: from a call, when the plan reads a page that can neither be read nor be sent.
     """
-    module, name = STRATEGIES[strategy_name(plan)].split(":")
-    factory = getattr(import_module(module), name)
+    factory = resolve("strategy", STRATEGIES, strategy_name(plan))
     attention: Callable[..., Tensor] = factory(StepState(layout, context))
     return attention

@@ -1,0 +1,191 @@
+"""A random step over thread ranks, and the truth about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.backend import AttentionBackend
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.sequence_parallel.build import sequence_attention
+from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.attention.torch_sdpa import TorchBackend
+from sps_runtime.distributed.communicator import Traffic
+from sps_runtime.distributed.fences import ThreadFences
+from sps_runtime.distributed.mesh import Mesh, shares
+from sps_runtime.distributed.threads import ThreadWorld
+from sps_runtime.kvstore.pool import KVPool, KVStore
+from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.ops import reference
+from sps_runtime.types.plan import SequencePlan, StepPlan
+
+LAYERS = 2
+SLOTS = 96
+
+
+@dataclass
+class StepCase:
+    """One step: sequences as (start, count), and how it is run."""
+
+    sequences: list[tuple[int, int]]
+    strategy: str = "pass_kv"
+    placement: str = "sharded"
+    sp: int = 2
+    group: tuple[int, ...] | None = None
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    page: int = 16
+    window: int | None = None
+    hosts: tuple[int, ...] | None = None
+    lay: str = "random"
+    seed: int = 0
+    backend: AttentionBackend = field(default_factory=TorchBackend)
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.group = self.group or tuple(range(self.sp))
+        self.hosts = self.hosts or (0,) * self.sp
+        self.free = [list(self.rng.permutation(SLOTS)) for _ in range(self.sp)]
+        self.page_lists = [self._lay_pages(start, count) for start, count in self.sequences]
+        self.plan = StepPlan(
+            epoch=7,
+            group=self.group,
+            sequences=tuple(
+                SequencePlan(
+                    slot=index,
+                    start=start,
+                    count=count,
+                    tokens=np.arange(count, dtype=np.int32).tobytes(),
+                    pages=np.asarray(pages, dtype=np.int32).tobytes(),
+                )
+                for index, ((start, count), pages) in enumerate(
+                    zip(self.sequences, self.page_lists, strict=True)
+                )
+            ),
+            placement=self.placement,
+            strategy=self.strategy,
+        )
+        self.layout = ShardLayout(self.plan, page_size=self.page, pages_per_rank=SLOTS)
+        self.q = [self._random(count, self.heads) for _, count in self.sequences]
+        self.k = [self._random(sum(span), self.kv_heads) for span in self.sequences]
+        self.v = [self._random(sum(span), self.kv_heads) for span in self.sequences]
+
+    def _random(self, tokens: int, heads: int) -> Tensor:
+        shape = (LAYERS, tokens, heads, self.dim)
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def _lay_pages(self, start: int, count: int) -> list[int]:
+        total = -(-(start + count) // self.page)
+        owners = self._owners(total, start // self.page)
+        return [int(rank) * SLOTS + int(self.free[rank].pop()) for rank in owners]
+
+    def _owners(self, total: int, first_new: int) -> list[int]:
+        group = list(self.group)
+        if self.lay == "one":
+            return [group[-1]] * total
+        if self.lay == "zigzag":  # 2P chunks of pages, rank r gets chunks r and 2P - 1 - r
+            order = group + group[::-1]
+            return [order[i * len(order) // total] for i in range(total)]
+        if self.lay == "contiguous":
+            return [group[i * len(group) // total] for i in range(total)]
+        if self.lay == "two-blocks":  # what is cached on the first rank, what is new on the last
+            return [group[0]] * first_new + [group[-1]] * (total - first_new)
+        if self.lay == "outside":  # committed pages anywhere on the mesh, new ones in the group
+            anywhere = self.rng.integers(0, self.sp, first_new).tolist()
+            return anywhere + self.rng.choice(group, total - first_new).tolist()
+        return self.rng.choice(group, total).tolist()
+
+    # -- truth
+
+    def truth(self, layer: int, window: int | None) -> Tensor:
+        """o of all new tokens, in the order of the plan."""
+        outs = []
+        for (start, count), q, k, v in zip(self.sequences, self.q, self.k, self.v, strict=True):
+            o, _ = reference.attention(
+                q[layer],
+                k[layer],
+                v[layer],
+                torch.arange(start, start + count),
+                torch.arange(start + count),
+                scale=self.dim**-0.5,
+                window=window,
+            )
+            outs.append(o)
+        return torch.cat(outs)
+
+    # -- the ranks
+
+    def run(self) -> list[Traffic]:
+        """Run both layers on every rank of the group and compare; return each member's traffic.
+
+        Layer 0 has the window, layer 1 has none.
+        """
+        shape = KVShape(LAYERS, SLOTS, self.kv_heads, self.page, self.dim, self.dtype.itemsize)
+        pools = [KVPool.private(shape, self.dtype) for _ in range(self.sp)]
+        for pool in pools:  # what was never written must never be read
+            pool.k.fill_(torch.nan)
+            pool.v.fill_(torch.nan)
+        self._fill_cached(pools)
+        world = ThreadWorld(self.sp, timeout_s=20)
+        fences = ThreadFences(self.sp, LAYERS, timeout_s=20)
+        return [t for t in world.run(lambda r: self._rank(r, world, fences, pools)) if t]
+
+    def _fill_cached(self, pools: list[KVPool]) -> None:
+        for (start, _), pages, k, v in zip(
+            self.sequences, self.page_lists, self.k, self.v, strict=True
+        ):
+            for position in range(start):
+                page = pages[position // self.page]
+                pool, at = pools[page // SLOTS], position % self.page
+                pool.k[:, page % SLOTS, :, at] = k[:, position]
+                pool.v[:, page % SLOTS, :, at] = v[:, position]
+
+    def context(
+        self, rank: int, world: ThreadWorld, fences: ThreadFences, pools: list[KVPool]
+    ) -> AttentionContext:
+        traffic = Traffic()
+        here = self.hosts[rank]
+        readable = [p if h == here else None for p, h in zip(pools, self.hosts, strict=True)]
+        return AttentionContext(
+            mesh=Mesh(self.sp, 1, rank),
+            mailroom=world.mailroom(rank, traffic),
+            store=KVStore(readable, rank),
+            fence=fences.of(rank),
+            backend=self.backend,
+            traffic=traffic,
+            hosts=self.hosts,
+        )
+
+    def _rank(
+        self, rank: int, world: ThreadWorld, fences: ThreadFences, pools: list[KVPool]
+    ) -> Traffic | None:
+        if rank not in self.group:
+            return None
+        context = self.context(rank, world, fences, pools)
+        member = self.layout.member(rank)
+        attend = sequence_attention(self.plan, self.layout, context)
+        index = torch.from_numpy(self.layout.token_index(member))
+        for layer, window in enumerate((self.window, None)):
+            q, k, v = (self._new(x, layer)[index] for x in (self.q, self.k, self.v))
+            o = attend(layer, q, k, v, scale=self.dim**-0.5, window=window)
+            assert o.dtype == q.dtype
+            want = self.truth(layer, window)[index]
+            if self.placement == "replicated" and len(self.group) > 1:
+                begin, end = shares(self.heads, len(self.group))[member]
+                hidden = torch.ones(self.heads, dtype=torch.bool)
+                hidden[begin:end] = False
+                want[:, hidden] = 0
+            tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(o.float(), want, rtol=0, atol=tolerance)
+        return context.traffic
+
+    def _new(self, parts: list[Tensor], layer: int) -> Tensor:
+        return torch.cat(
+            [x[layer, -count:] for (_, count), x in zip(self.sequences, parts, strict=True)]
+        )
