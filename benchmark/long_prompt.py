@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_model import SHAPES, make_model
-
 from harness import (
     Server,
     Stream,
@@ -27,6 +25,7 @@ from harness import (
     quantile,
     report,
 )
+from make_model import SHAPES, make_model
 
 PAGE = 64
 

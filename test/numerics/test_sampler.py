@@ -278,3 +278,25 @@ def test_a_whole_step() -> None:
     assert [pair[1] for pair in report.top] == pytest.approx(top.values.tolist(), abs=1e-6)
     assert dict(report.wanted) == pytest.approx({i: scores[i].item() for i in (2, 40)}, abs=1e-6)
     assert report.wanted[0][1] >= report.wanted[1][1]
+
+
+def test_a_number_on_a_boundary_draws_no_dropped_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 lies on the boundary of every id of mass 0 at the front."""
+    monkeypatch.setattr("sps_runtime.runner.sampler.uniform", lambda seeds, _: np.zeros(len(seeds)))
+    logits = random_logits(1, seed=5)
+    forbidden = planned(forbid_stop=(0, 1))
+    narrow = planned(top_k=2)
+    assert choose(logits.expand(2, -1), [forbidden, narrow], [0, 0]) == [
+        2,
+        int(logits[0].topk(2).indices.min()),
+    ]
+
+
+def test_the_last_number_draws_the_last_kept_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = 1 - 2.0**-52
+    monkeypatch.setattr(
+        "sps_runtime.runner.sampler.uniform", lambda seeds, _: np.full(len(seeds), last)
+    )
+    logits = random_logits(1, vocab=5000, seed=5)
+    kept = logits[0].topk(40).indices.max()
+    assert choose(logits, [planned(top_k=40)], [0]) == [int(kept)]

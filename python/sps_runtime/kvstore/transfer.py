@@ -1,13 +1,13 @@
 """Pages that travel because a reader cannot read its owner's pool in place.
 
 Both sides compute the same `Shipment` from the plan, so nothing but keys and values is sent: whole
-pages as they lie, and of a sequence's last page just the tokens it holds.
+pages, K beside V, and of a sequence's last page just the tokens it holds. Whole pages are attended
+to where they arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,95 +29,91 @@ class Shipment:
     def __init__(self, slots: Ints, tokens: Ints, page_size: int) -> None:
         whole = tokens == page_size
         self.page_size = page_size
-        self.whole_places = np.flatnonzero(whole)
-        self.tail_places = np.flatnonzero(~whole)
-        self.whole_slots = torch.from_numpy(slots[whole])
-        self.tails = list(zip(slots[~whole].tolist(), tokens[~whole].tolist(), strict=True))
+        self.pages = len(slots)
         self.tokens = int(tokens.sum())
+        self.order = np.concatenate((np.flatnonzero(whole), np.flatnonzero(~whole)))
+        self._whole_slots = torch.from_numpy(slots[whole])
+        self._tails = list(zip(slots[~whole].tolist(), tokens[~whole].tolist(), strict=True))
 
     def elements(self, heads: int, dim: int) -> int:
         """Elements of K and V that travel."""
         return 2 * self.tokens * heads * dim
 
-    def whole_part(self, flat: Tensor, heads: int, dim: int) -> Tensor:
-        """The whole pages in a travelling buffer: ``[2, pages, heads, page_size, dim]``."""
-        shape = (2, len(self.whole_slots), heads, self.page_size, dim)
-        return flat[: 2 * len(self.whole_slots) * heads * self.page_size * dim].view(shape)
-
-    def tail_parts(self, flat: Tensor, heads: int, dim: int) -> list[Tensor]:
-        """The cut pages behind them: ``[2, heads, tokens, dim]`` each."""
-        parts = []
-        at = 2 * len(self.whole_slots) * heads * self.page_size * dim
-        for _, tokens in self.tails:
-            size = 2 * heads * tokens * dim
-            parts.append(flat[at : at + size].view(2, heads, tokens, dim))
-            at += size
-        return parts
-
     def pack(self, k: Tensor, v: Tensor, kv_heads: tuple[int, int]) -> Tensor:
         """Copy the pages out of a layer's pool ``[slots, kv_heads, page_size, head_dim]``, heads
-        [begin, end) of it, into one flat buffer."""
+        [begin, end) of it, into one flat message."""
         begin, end = kv_heads
-        dim = k.shape[-1]
-        flat = k.new_empty(self.elements(end - begin, dim))
-        whole = self.whole_part(flat, end - begin, dim)
-        tails = self.tail_parts(flat, end - begin, dim)
+        flat = k.new_empty(self.elements(end - begin, k.shape[-1]))
+        whole, tails = self._parts(flat, end - begin, k.shape[-1])
         for side, pool in enumerate((k, v)):
-            if len(self.whole_slots):
-                torch.index_select(pool[:, begin:end], 0, self.whole_slots, out=whole[side])
-            for part, (slot, tokens) in zip(tails, self.tails, strict=True):
+            whole[:, side] = pool[self._whole_slots, begin:end]
+            for part, (slot, tokens) in zip(tails, self._tails, strict=True):
                 part[side] = pool[slot, begin:end, :tokens]
         return flat
 
+    def spread_tails(self, pages: Tensor) -> None:
+        """Put cut pages where pages lie: ``pages [self.pages, 2, heads, page_size, dim]`` begins
+        with the message as it arrived; afterwards each page is in its place, whole ones first."""
+        if not self._tails:
+            return
+        heads, dim = pages.shape[2], pages.shape[4]
+        message = pages.reshape(-1)[: self.elements(heads, dim)]
+        tails = [part.clone() for part in self._parts(message, heads, dim)[1]]
+        for page, part in zip(pages[len(self._whole_slots) :], tails, strict=True):
+            page.zero_()  # no key is seen there, but a stray NaN times a weight of 0 is NaN
+            page[:, :, : part.shape[2]] = part
 
-@dataclass(frozen=True)
+    def _parts(self, flat: Tensor, heads: int, dim: int) -> tuple[Tensor, list[Tensor]]:
+        """A message as whole pages ``[n, 2, heads, page_size, dim]`` and cut ones
+        ``[2, heads, tokens, dim]`` each."""
+        shape = (len(self._whole_slots), 2, heads, self.page_size, dim)
+        at = shape[0] * 2 * heads * self.page_size * dim
+        whole = flat[:at].view(shape)
+        parts = []
+        for _, tokens in self._tails:
+            size = 2 * heads * tokens * dim
+            parts.append(flat[at : at + size].view(2, heads, tokens, dim))
+            at += size
+        return whole, parts
+
+
 class Staging:
-    """How pages from several owners lie once they arrived: one pool per owner for whole pages, one
-    more for all cut ones.
+    """Where pages from several owners arrive: one pool, a stretch of it for each owner.
+
+    Args:
+        shipments: one per owner; empty ones too.
 
     Attributes:
-        shipments: one per owner; empty ones too.
-        slots_per_rank: of the staged pool's page ids.
+        slots: pages of the pool, at least 1.
     """
 
-    shipments: Sequence[Shipment]
-    slots_per_rank: int
-
-    @classmethod
-    def of(cls, shipments: Sequence[Shipment]) -> Staging:
-        tails = sum(len(shipment.tails) for shipment in shipments)
-        return cls(shipments, max(tails, 1, *(len(s.whole_slots) for s in shipments)))
+    def __init__(self, shipments: Sequence[Shipment]) -> None:
+        self._shipments = shipments
+        pages = [shipment.pages for shipment in shipments]
+        self._first = [sum(pages[:source]) for source in range(len(pages))]
+        self.slots = max(1, sum(pages))
 
     def page_ids(self, source: int) -> npt.NDArray[np.int32]:
-        """Staged page ids of a source's pages, in the order its shipment was made from."""
-        shipment = self.shipments[source]
-        ids = np.empty(len(shipment.whole_places) + len(shipment.tail_places), dtype=np.int32)
-        ids[shipment.whole_places] = source * self.slots_per_rank + np.arange(
-            len(shipment.whole_places)
-        )
-        before = sum(len(s.tails) for s in self.shipments[:source])
-        ids[shipment.tail_places] = (
-            len(self.shipments) * self.slots_per_rank
-            + before
-            + np.arange(len(shipment.tail_places))
-        )
+        """Slots of a source's pages, in the order that its shipment was made from."""
+        shipment = self._shipments[source]
+        ids = np.empty(shipment.pages, dtype=np.int32)
+        ids[shipment.order] = self._first[source] + np.arange(shipment.pages)
         return ids
 
-    def buffers(self, like: Tensor, heads: int) -> list[Tensor]:
-        """Empty buffers to receive into, one per source; `like` is a pool of the same kind."""
-        dim = like.shape[-1]
-        return [like.new_empty(s.elements(heads, dim)) for s in self.shipments]
-
-    def pools(self, flats: Sequence[Tensor], heads: int, dim: int) -> tuple[list[Tensor], ...]:
-        """K and V pools over received buffers; whole pages stay where they arrived."""
-        wholes = [s.whole_part(f, heads, dim) for s, f in zip(self.shipments, flats, strict=True)]
-        tails = [
-            part
-            for shipment, flat in zip(self.shipments, flats, strict=True)
-            for part in shipment.tail_parts(flat, heads, dim)
+    def allocate(self, like: Tensor, heads: int) -> tuple[Tensor, list[Tensor]]:
+        """An empty pool ``[slots, 2, heads, page_size, head_dim]``, and what of it is received into
+        from each source; `like` is a pool of the same kind."""
+        _, _, page_size, dim = like.shape
+        pool = like.new_empty((self.slots, 2, heads, page_size, dim))
+        parts = [
+            pool[first:].reshape(-1)[: shipment.elements(heads, dim)]
+            for first, shipment in zip(self._first, self._shipments, strict=True)
         ]
-        page_size = self.shipments[0].page_size
-        cut = flats[0].new_zeros(2, len(tails), heads, page_size, dim)
-        for index, part in enumerate(tails):
-            cut[:, index, :, : part.shape[2]] = part
-        return tuple([*(whole[side] for whole in wholes), cut[side]] for side in (0, 1))
+        return pool, parts
+
+    def settle(self, pool: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V ``[slots, heads, page_size, head_dim]`` once everything arrived."""
+        for first, shipment in zip(self._first, self._shipments, strict=True):
+            shipment.spread_tails(pool[first : first + shipment.pages])
+        k, v = pool.unbind(1)
+        return k, v

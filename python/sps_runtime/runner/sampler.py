@@ -50,15 +50,15 @@ def sample_rows(
 ) -> Tensor:
     """Token ids ``[rows]`` int64 at the given positions; arguments as in `sample`, one a row."""
     edited = [row for row, sample_plan in enumerate(samples) if has_edits(sample_plan)]
+    logits_RV = logits_RV.to(torch.float32, copy=bool(edited))
     if edited:
-        logits_RV = logits_RV.to(torch.float32, copy=True)
         for row in edited:
             edit_row(logits_RV[row], samples[row], board_tokens[row])
     tokens_R = logits_RV.argmax(dim=-1)
     drawn = [row for row, sample_plan in enumerate(samples) if not _greedy(sample_plan.params)]
     if drawn:
         params = [samples[row].params for row in drawn]
-        tokens_R[drawn] = _draw(logits_RV[drawn].float(), params, [positions[r] for r in drawn])
+        tokens_R[drawn] = _draw(logits_RV[drawn], params, [positions[r] for r in drawn])
     return tokens_R
 
 

@@ -161,7 +161,7 @@ class KVReads:
         reached |= step.readable()
         if (need[step.me] & ~reached).any():
             raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")
-        self._incoming = Staging.of([self._shipment(index) for index in sources])
+        self._incoming = Staging([self._shipment(index) for index in sources])
         self._outgoing = [
             self._shipment(self._index(need[reader], step.me, reader))
             for reader in range(step.size)
@@ -199,7 +199,7 @@ class KVReads:
             for shipment, share in zip(self._outgoing, shares, strict=True)
         ]
         begin, end = shares[step.me].kv
-        recv = staging.buffers(k, end - begin)
+        staged, recv = staging.allocate(k, end - begin)
         step.communicate(send, recv)
-        pools = staging.pools(recv, end - begin, k.shape[-1])
-        return PagePool(pools[0], pools[1], staging.slots_per_rank)
+        staged_k, staged_v = staging.settle(staged)
+        return PagePool([staged_k], [staged_v], staging.slots)

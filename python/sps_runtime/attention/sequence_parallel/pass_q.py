@@ -36,15 +36,14 @@ class _Routes:
     """Whose queries go where, for one window.
 
     Attributes:
-        own: this rank's queries over what it reads itself.
-        guests: queries that arrived, behind this rank's own in one tensor, over its own pages.
+        runs: this rank's queries over what it reads itself, and queries that arrived, behind its
+            own in one tensor, over its own pages.
         rows_out: per member, this rank's rows that go there.
         counts_in: per member, how many rows come from there.
         outside_tokens: tokens read in place outside the group.
     """
 
-    own: list[QueryRun]
-    guests: list[QueryRun]
+    runs: list[QueryRun]
     rows_out: list[Tensor]
     counts_in: list[int]
     outside_tokens: int
@@ -78,7 +77,7 @@ class PassQ:
         )
         partial = step.context.backend.partial(
             all_q,
-            routes.own + routes.guests,
+            routes.runs,
             step.context.pages(layer),
             scale=scale,
             window=window,
@@ -123,6 +122,7 @@ class PassQ:
         read_here = np.flatnonzero(outside | (owners == mine))
         if (outside & needed(layout, runs, window) & ~step.readable()).any():
             raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")
+        own_runs = query_runs(layout, cut_pieces(layout, runs, read_here, window), read_here)
         owned = np.flatnonzero(owners == mine)
         guests = [
             self._pieces(member, owned, window) if member != step.me else None
@@ -142,8 +142,7 @@ class PassQ:
                 guest_runs += query_runs(layout, pieces, owned, rows=packed_rows(pieces, offset))
             offset += count
         return _Routes(
-            own=query_runs(layout, cut_pieces(layout, runs, read_here, window), read_here),
-            guests=guest_runs,
+            runs=own_runs + guest_runs,
             rows_out=[row_index(_rows(pieces)) for pieces in sent],
             counts_in=counts,
             outside_tokens=int(layout.pages.tokens[outside & needed(layout, runs, window)].sum()),

@@ -1,0 +1,167 @@
+"""Messages between hosts through torch.distributed's process groups: gloo, and NCCL.
+
+A process group is made directly from a store and held as an object: torch's global default group is
+not touched. Messages are point to point, so groups need no collective set-up. torch's object
+collectives, which unpickle what they receive, are never used.
+
+The NCCL path follows torch's own batched point-to-point calls; it has not run on two GPUs yet.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sps_runtime.distributed.communicator import Communicator, Kind, Traffic
+from sps_runtime.distributed.exchange import as_bytes, check, copy_own, count_sent
+
+
+def file_store(path: str, world_size: int) -> dist.Store:
+    """Rendezvous through a file in a private directory: ranks of one host."""
+    return dist.FileStore(path, world_size)
+
+
+def tcp_store(
+    host: str, port: int, world_size: int, *, master: bool, timeout_s: float = 60.0
+) -> dist.Store:
+    """Rendezvous of several hosts at ``host:port``, served by the one `master` among the ranks.
+
+    The master listens on exactly that address: torch's own listener would take every interface.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if not master:
+        return dist.TCPStore(host, port, world_size, False, timeout, wait_for_workers=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=world_size + 8)
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        True,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def gloo_group(
+    store: dist.Store, rank: int, world_size: int, *, address: str, timeout_s: float = 60.0
+) -> dist.ProcessGroup:
+    """A gloo group whose ranks listen at `address` (an IP or name of this host) only.
+
+    Raises:
+        ConnectionError: when not all ranks come in time.
+    """
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=timeout_s)
+    try:
+        return dist.ProcessGroupGloo(store, rank, world_size, options)
+    except RuntimeError as error:
+        raise ConnectionError(f"rank {rank} could not connect: {error}") from error
+
+
+def nccl_group(
+    store: dist.Store, rank: int, world_size: int, *, timeout_s: float = 60.0
+) -> dist.ProcessGroup:
+    """An NCCL group; tensors lie on this rank's current CUDA device. Not run yet."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+class TorchDistMailroom:
+    """One rank's `Mailroom` over a process group of the whole world.
+
+    Args:
+        group: of `gloo_group` or `nccl_group`.
+        traffic: where to count.
+        coalesce: post all messages of an exchange as one operation, as NCCL needs.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, traffic: Traffic, *, coalesce: bool = False
+    ) -> None:
+        self._group = group
+        self._coalesce = coalesce
+        self.rank = int(group.rank())
+        self.traffic = traffic
+        self._groups: dict[tuple[int, ...], Communicator] = {}
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        found = self._groups.get(global_ranks)
+        if found is None:
+            found = self._groups[global_ranks] = TorchDistCommunicator(self, global_ranks)
+        return found
+
+    def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
+        """Send and receive flat byte tensors by global rank."""
+        began = time.monotonic()
+        try:
+            for work in self._post(outgoing, incoming):
+                work.wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"rank {self.rank} lost a peer: {error}") from error
+        self.traffic.exposed_s += time.monotonic() - began
+
+    def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[Any]:
+        group: Any = self._group
+        device = next(iter((*outgoing.values(), *incoming.values()))).device
+        if self._coalesce:
+            group._start_coalescing(device)
+        works = [group.send([data], peer, 0) for peer, data in outgoing.items()]
+        works += [group.recv([data], peer, 0) for peer, data in incoming.items()]
+        return [group._end_coalescing(device)] if self._coalesce else works
+
+
+class TorchDistCommunicator:
+    """One rank's `Communicator` of a group."""
+
+    def __init__(self, mailroom: TorchDistMailroom, global_ranks: tuple[int, ...]) -> None:
+        self._mailroom = mailroom
+        self._members = global_ranks
+        self.rank = global_ranks.index(mailroom.rank)
+        self.size = len(global_ranks)
+        self.traffic = mailroom.traffic
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        check(send, recv, self.size)
+        copy_own(send, recv, self.rank)
+        count_sent(self.traffic, send, self.rank, kind)
+        outgoing, incoming = self._by_rank(send), self._by_rank(recv)
+        if outgoing or incoming:
+            self._mailroom.move(outgoing, incoming)
+
+    def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        return {
+            self._members[member]: as_bytes(tensor)
+            for member, tensor in enumerate(tensors)
+            if member != self.rank and tensor.numel()
+        }
+
+
+class RoutedMailroom:
+    """Groups on one host through its shared memory, groups across hosts through the network.
+
+    Args:
+        local: of this host; knows global ranks of this host.
+        remote: of the whole world.
+        hosts: host of each global rank.
+    """
+
+    def __init__(self, local: Any, remote: TorchDistMailroom, hosts: Sequence[int]) -> None:
+        self._local = local
+        self._remote = remote
+        self._hosts = hosts
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        one_host = len({self._hosts[rank] for rank in global_ranks}) == 1
+        mailroom = self._local if one_host else self._remote
+        found: Communicator = mailroom.group(global_ranks)
+        return found
