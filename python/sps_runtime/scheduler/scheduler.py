@@ -81,7 +81,8 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._run_of: dict[str, Run] = {}
         self._arrivals = 0
-        self._progress: list[PrefillProgress] = []
+        self._progress: dict[str, PrefillProgress] = {}
+        self._flush_due = False
 
     def add(self, request: GenerateRequest) -> list[TokensOut]:
         """Accept a request. Returns its final message when it can never be served, or not now.
@@ -114,10 +115,14 @@ class Scheduler:
         return [self._finish(sequence, StopReason("abort", message=message))]
 
     def flush(self) -> bool:
-        """Drop every cached page; refused while requests run or wait."""
+        """Drop every cached page; refused while requests run or wait.
+
+        Pages that surplus plans of ended requests still read go when those are answered.
+        """
         if self._sequences:
             return False
         self._cache.flush()
+        self._flush_due = bool(self._runs.draining)
         return True
 
     def next_plans(self) -> list[StepPlan]:
@@ -158,12 +163,16 @@ class Scheduler:
         runs = [run for run, _ in flights.values()]
         if not complete:
             runs = [flights[sampled.slot][0] for sampled in result.sampled]
-        return [news for run in runs for news in self._advance(run)]
+        news = [item for run in runs for item in self._advance(run)]
+        if self._flush_due and not self._runs.draining:
+            self._cache.flush()
+            self._flush_due = False
+        return news
 
     def take_progress(self) -> list[PrefillProgress]:
         """How far prompts have come that take several steps, since the last call."""
-        progress, self._progress = self._progress, []
-        return progress
+        progress, self._progress = self._progress, {}
+        return list(progress.values())
 
     def state(self) -> EngineState:
         """A snapshot; `step_age_s` is left to whoever has a clock."""
@@ -281,7 +290,8 @@ class Scheduler:
         if news:
             self._runs.settle(run)
         if acked < run.acked < run.target:
-            self._progress.append(PrefillProgress(run.sequence.rid, run.acked, run.target))
+            rid = run.sequence.rid
+            self._progress[rid] = PrefillProgress(rid, run.acked, run.target)
         return news
 
     def _finish(self, sequence: Sequence, reason: StopReason) -> TokensOut:
@@ -297,4 +307,5 @@ class Scheduler:
     def _end(self, run: Run) -> None:
         rid = run.sequence.rid
         del self._sequences[rid], self._run_of[rid]
+        self._progress.pop(rid, None)
         self._runs.end(run)

@@ -11,22 +11,34 @@ def decode_steps(view: View) -> list[Step]:
     """One step per connected component of the runs' owner sets.
 
     Runs local to different ranks decode apart, without ever meeting; one run over two ranks pulls
-    everything on both into one step. A component waits until all its runs can go.
+    everything on both into one step. A component goes when all its runs can: a run that is a step
+    behind would otherwise stay so, and halve the batch. Only a run still waiting for its first
+    token is left behind, so that decode does not stand still for a prefill.
     """
-    by_mask: dict[int, list[Run]] = {}
-    for run in view.runs.values():
-        if run.decodes:
-            by_mask.setdefault(view.decode_mask(run), []).append(run)
+    runs = [run for run in view.runs.values() if run.decodes]
+    while True:
+        components = _components(view, runs)
+        blocked = [
+            run for mask, runs in components for run in runs if not view.may_decode(run, mask)
+        ]
+        late = {run.handle for run in blocked if run.sent == run.target}
+        if not late:
+            break
+        runs = [run for run in runs if run.handle not in late]
     spread = view.parallel.arch == "tp"
+    waiting = {run.handle for run in blocked}
     steps = []
-    for mask, runs in _components(by_mask):
-        if all(view.may_decode(run, mask) for run in runs):
-            items, placement = [(run, 1) for run in runs], _placement(view, mask, runs)
+    for mask, members in components:
+        if waiting.isdisjoint(run.handle for run in members):
+            items, placement = [(run, 1) for run in members], _placement(view, mask, members)
             steps.append(Step(mask, items, "decode", placement, "pass_q", spread))
     return steps
 
 
-def _components(by_mask: dict[int, list[Run]]) -> list[tuple[int, list[Run]]]:
+def _components(view: View, runs: list[Run]) -> list[tuple[int, list[Run]]]:
+    by_mask: dict[int, list[Run]] = {}
+    for run in runs:
+        by_mask.setdefault(view.decode_mask(run), []).append(run)
     components: list[tuple[int, list[Run]]] = []
     for mask, runs in by_mask.items():
         apart = []

@@ -15,8 +15,10 @@ class Sarathi:
     def steps(self, view: View) -> list[Step]:
         mask, page_size = view.all_ranks, view.cache_config.page_size
         decoding = [run for run in view.runs.values() if run.decodes]
-        if not all(view.may_decode(run, mask) for run in decoding):
+        late = [run for run in decoding if not view.may_decode(run, mask)]
+        if any(run.sent > run.target for run in late):
             return []
+        decoding = [run for run in decoding if run not in late]
         size = view.config.chunked_prefill_size
         budget = size if size > 0 else view.config.max_prefill_tokens
         items = [(run, 1) for run in decoding]

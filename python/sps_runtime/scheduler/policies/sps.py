@@ -35,8 +35,6 @@ class Sps:
                 continue
             mask = self._group(view, run, load)
             ranks = mask.bit_count()
-            if not mask:
-                continue
             step = steps.setdefault(mask, Step(mask, [], "prefill"))
             left = view.config.max_prefill_tokens * ranks - step.tokens
             limit = chunk_limit(view.config.chunked_prefill_size, ranks)
@@ -52,35 +50,33 @@ class Sps:
         """Prompt tokens that each rank has before it, of runs whose group is chosen."""
         load = [0.0] * view.parallel.sp_size
         for run in view.runs.values():
-            if run.mask and run.acked < run.target:
-                for rank in mask_ranks(run.mask):
-                    load[rank] += (run.target - run.acked) / run.mask.bit_count()
+            _add(load, run.mask, run.target - run.acked)
         return load
 
     def _group(self, view: View, run: Run, load: list[float]) -> int:
-        """The group of a run's next chunk; 0 when no rank has room for a page."""
+        """The group of a run's next chunk, and `load` with the run on it."""
         if view.parallel.arch == "tp":
             return view.all_ranks
+        _add(load, run.mask, run.acked - run.target)
         required = view.required(run)
         degree = max(self._degree(view, run), required.bit_count())
         page_size = view.cache_config.page_size
         missing = pages_for(run.target, page_size) - len(run.table.pages)
         room = view.cache.room()
 
-        def unlikely(rank: int) -> tuple[bool, float, int]:
+        def preference(rank: int) -> tuple[bool, float, int]:
+            """Ranks with room, then with the run's pages or little load, then with most room."""
             return room[rank] == 0, load[rank] - run.table.owned[rank] * page_size, -room[rank]
 
         chosen = list(mask_ranks(required))
-        for rank in sorted(set(range(view.parallel.sp_size)) - set(chosen), key=unlikely):
+        for rank in sorted(set(range(view.parallel.sp_size)) - set(chosen), key=preference):
             enough = sum(room[r] for r in chosen) >= missing
             if chosen and len(chosen) >= degree and enough:
                 break
             if room[rank] or not chosen:
                 chosen.append(rank)
         mask = ranks_mask(chosen)
-        if run.mask != mask:
-            for rank in chosen:
-                load[rank] += (run.target - run.sent) / len(chosen)
+        _add(load, mask, run.target - run.acked)
         return mask
 
     def _degree(self, view: View, run: Run) -> int:
@@ -96,3 +92,10 @@ class Sps:
             return view.costs.prefill_seconds(degree, work) * (rounds + 1) / 2
 
         return min(range(1, sp_size + 1), key=mean_time)
+
+
+def _add(load: list[float], mask: int, tokens: int) -> None:
+    """Spread a run's prompt tokens over its group; a run without a group, or prefill, adds none."""
+    if mask and tokens:
+        for rank in mask_ranks(mask):
+            load[rank] += tokens / mask.bit_count()
