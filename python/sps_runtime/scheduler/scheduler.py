@@ -277,7 +277,8 @@ class Scheduler:
     def _advance(self, run: Run) -> list[TokensOut]:
         """Take a run's new tokens, commit its new pages, end it where it ends."""
         acked = run.acked
-        self._runs.settle(run)
+        if not run.live or run.sequence.prompt_logprobs_due or not run.sequence.max_new:
+            self._runs.settle(run)
         if not run.live:
             return []
         news = collect(run)
@@ -287,8 +288,7 @@ class Scheduler:
         if news and news[-1].finish is not None:
             self._end(run)
             return news
-        if news:
-            self._runs.settle(run)
+        self._runs.settle(run)
         if acked < run.acked < run.target:
             rid = run.sequence.rid
             self._progress[rid] = PrefillProgress(rid, run.acked, run.target)

@@ -28,11 +28,10 @@ class Sps:
         return decode_steps(view) + self._prefill_steps(view)
 
     def _prefill_steps(self, view: View) -> list[Step]:
-        load = self._load(view)
+        runs = [run for run in view.runs.values() if view.may_prefill(run)]
+        load = self._load(view) if runs else []
         steps: dict[int, Step] = {}
-        for run in view.runs.values():
-            if not view.may_prefill(run):
-                continue
+        for run in runs:
             mask = self._group(view, run, load)
             ranks = mask.bit_count()
             step = steps.setdefault(mask, Step(mask, [], "prefill"))
@@ -50,7 +49,8 @@ class Sps:
         """Prompt tokens that each rank has before it, of runs whose group is chosen."""
         load = [0.0] * view.parallel.sp_size
         for run in view.runs.values():
-            _add(load, run.mask, run.target - run.acked)
+            if run.acked < run.target:
+                _add(load, run.mask, run.target - run.acked)
         return load
 
     def _group(self, view: View, run: Run, load: list[float]) -> int:
@@ -95,7 +95,6 @@ class Sps:
 
 
 def _add(load: list[float], mask: int, tokens: int) -> None:
-    """Spread a run's prompt tokens over its group; a run without a group, or prefill, adds none."""
-    if mask and tokens:
-        for rank in mask_ranks(mask):
-            load[rank] += tokens / mask.bit_count()
+    """Spread a run's prompt tokens over its group, if it has one."""
+    for rank in mask_ranks(mask):
+        load[rank] += tokens / mask.bit_count()
