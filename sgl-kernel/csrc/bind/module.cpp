@@ -35,5 +35,7 @@ NB_MODULE(_core, m) {
 #endif
   sps::bind::bind_attention(m);
   sps::bind::bind_merge(m);
+  sps::bind::bind_gemm(m);
+  sps::bind::bind_elementwise(m);
   sps::bind::bind_fence(m);
 }

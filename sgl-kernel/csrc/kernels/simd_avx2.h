@@ -64,6 +64,22 @@ struct V8 {
   static reg finite_or_zero(reg x) {
     return _mm256_and_ps(x, _mm256_cmp_ps(x, set1(-__builtin_inff()), _CMP_NEQ_UQ));
   }
+  static reg div(reg a, reg b) { return _mm256_div_ps(a, b); }
+  // Rounds to nearest even.
+  static void store_bf16(void* p, reg x) {
+    const ireg bits = _mm256_castps_si256(x);
+    const ireg odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const ireg sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const ireg nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const ireg quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const ireg rounded = _mm256_srli_epi32(_mm256_blendv_epi8(sum, quiet, nan), 16);
+    const ireg packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x88);
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  // out[i] = sum of the lanes of r[i], for 16 registers.
+  static void hsum16(const reg* r, float* out) {
+    for (int i = 0; i < 16; ++i) out[i] = hsum(r[i]);
+  }
   static reg load_bf16(const void* p) {
     const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));

@@ -54,9 +54,43 @@ struct V16 {
   static reg finite_or_zero(reg x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(-__builtin_inff()), _CMP_NEQ_UQ), x);
   }
+  static reg div(reg a, reg b) { return _mm512_div_ps(a, b); }
   static reg load_bf16(const void* p) {
     const __m256i h = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  // Rounds to nearest even.
+  static void store_bf16(void* p, reg x) {
+#ifdef SPS_HAS_DPBF16
+    const __m256i h = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const ireg bits = _mm512_castps_si512(x);
+    const ireg odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    ireg rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    const __m256i h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+    _mm256_storeu_si256(static_cast<__m256i*>(p), h);
+  }
+  // out[i] = sum of the lanes of r[i], for 16 registers.
+  static void hsum16(const reg* r, float* out) {
+    reg a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      a[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+                 _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      b[i] = add(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                 _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    // Each quarter of b[i] now holds partial sums of r[4i .. 4i + 3].
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      c[i] = add(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                 _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    store(out, add(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                   _mm512_shuffle_f32x4(c[0], c[1], 0xdd)));
   }
 };
 

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/bf16.h"
+
 namespace sps {
 namespace SPS_ISA_NS {
 
@@ -78,15 +80,23 @@ struct V8 {
   static reg finite_or_zero(const reg& x) {
     return each([&](int i) { return x.v[i] == -__builtin_inff() ? 0.0f : x.v[i]; });
   }
+  static reg div(const reg& a, const reg& b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
   static reg load_bf16(const void* p) {
     uint16_t h[8];
     __builtin_memcpy(h, p, sizeof h);
-    return each([&](int i) {
-      const uint32_t bits = static_cast<uint32_t>(h[i]) << 16;
-      float x;
-      __builtin_memcpy(&x, &bits, 4);
-      return x;
-    });
+    return each([&](int i) { return bf16_to_float(h[i]); });
+  }
+  // Rounds to nearest even.
+  static void store_bf16(void* p, const reg& x) {
+    uint16_t h[8];
+    for (int i = 0; i < 8; ++i) h[i] = float_to_bf16(x.v[i]);
+    __builtin_memcpy(p, h, sizeof h);
+  }
+  // out[i] = sum of the lanes of r[i], for 16 registers.
+  static void hsum16(const reg* r, float* out) {
+    for (int i = 0; i < 16; ++i) out[i] = hsum(r[i]);
   }
 };
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "kernels/attention_decode.h"
+#include "kernels/elementwise_kernel.h"
+#include "kernels/gemm_kernel.h"
 #include "kernels/merge_kernel.h"
 #include "sps/kernel_table.h"
 
@@ -13,6 +15,10 @@ static const KernelTable table = {
     attention_max_rows,
     write_merged,
     merge_tokens,
+    small_gemm_range,
+    rms_norm_range,
+    silu_mul_range,
+    rope_range,
 };
 
 }  // namespace SPS_ISA_NS

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "sps/attention.h"
+#include "sps/elementwise.h"
+#include "sps/gemm.h"
 #include "sps/merge.h"
 
 namespace sps {
@@ -15,6 +17,10 @@ struct KernelTable {
   void (*attention_write_merged)(const AttentionParams&, const AttentionUnit&, const float* o,
                                  const float* lse, int n);
   void (*merge_tokens)(const MergeParams&, int64_t begin, int64_t end);
+  void (*small_gemm)(const SmallGemmParams&, int64_t begin, int64_t end);  // weight rows
+  void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
+  void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end);
+  void (*rope_kv_write)(const RopeParams&, int64_t begin, int64_t end);
 };
 
 const KernelTable& generic_table();

@@ -7,6 +7,7 @@ released while a kernel runs.
 
 from sps_kernel.attention import ITEM_FIELDS, KVPools, paged_attention
 from sps_kernel.build import available_isas, build_info, cpu_features, current_isa, set_isa
+from sps_kernel.elementwise import rms_norm, rope, rope_kv_write, silu_mul
 from sps_kernel.fence import (
     fetch_add,
     fetch_max,
@@ -16,6 +17,7 @@ from sps_kernel.fence import (
     wait_at_least,
     wake,
 )
+from sps_kernel.gemm import gemv, small_gemm
 from sps_kernel.merge import merge_n_states, merge_states
 
 __version__ = "0.1.0"
@@ -29,12 +31,18 @@ __all__ = [
     "current_isa",
     "fetch_add",
     "fetch_max",
+    "gemv",
     "load_acquire",
     "merge_n_states",
     "merge_states",
     "paged_attention",
     "publish",
+    "rms_norm",
+    "rope",
+    "rope_kv_write",
     "set_isa",
+    "silu_mul",
+    "small_gemm",
     "store_release",
     "wait_at_least",
     "wake",
