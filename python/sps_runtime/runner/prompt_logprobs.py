@@ -35,7 +35,7 @@ def judge_prompt(
         scores = torch.log_softmax(logits(judged.rows[begin : begin + size], counts).float(), -1)
         for row, score_V in enumerate(scores[: len(judged.rows) - begin], begin):
             sequence = sequences[judged.sequences[row]]
-            top, ids = sequence.prompt_logprobs_top, sequence.prompt_logprobs_ids
+            top, ids = sequence.prompt_top, sequence.prompt_ids
             values.append(token_logprobs(score_V, int(judged.targets[row]), top, ids))
     return values
 

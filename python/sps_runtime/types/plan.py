@@ -79,8 +79,6 @@ class SequencePlan(msgspec.Struct, frozen=True):
             at p + 1; report its logprob for every p + 1 >= prompt_logprobs_from.
         next_token: the prompt's id at position start + count, judged by this step's last logits
             when prompt logprobs are wanted; -1 when the prompt ends with this step.
-        prompt_logprobs_top, prompt_logprobs_ids: how many alternatives, and which ids besides, to
-            report at those positions (a chunk before the last has no `sample` that would say so).
         attention: how attention is computed.
         prompt_top, prompt_ids: what prompt logprobs carry beside the prompt's own ids: how many top
             alternatives, and which ids.
@@ -95,8 +93,6 @@ class SequencePlan(msgspec.Struct, frozen=True):
     sample: SamplePlan | None = None
     prompt_logprobs_from: int = -1
     next_token: int = -1
-    prompt_logprobs_top: int = 0
-    prompt_logprobs_ids: tuple[int, ...] = ()
     attention: AttentionSpec = EXACT
     prompt_top: int = 0
     prompt_ids: tuple[int, ...] = ()
