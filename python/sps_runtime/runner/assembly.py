@@ -1,0 +1,156 @@
+"""From a rank's configuration and inherited memory to its means: links, pools, fences, model."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sps_runtime.attention.backend import AttentionBackend
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.model import ModelConfig
+from sps_runtime.config.parallel import ParallelConfig
+from sps_runtime.config.process import RankConfig
+from sps_runtime.distributed.communicator import Mailroom, Traffic
+from sps_runtime.distributed.fences import LayerFence, NoFence, SharedLayerFence
+from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
+from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailroom
+from sps_runtime.distributed.torch_dist import (
+    RoutedMailroom,
+    TorchDistMailroom,
+    gloo_group,
+    tcp_store,
+)
+from sps_runtime.kvstore.pool import KVPool, KVStore
+from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.types.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among ranks and hosts.
+
+    Attributes:
+        mesh: its place in the (sp, tp) mesh.
+        hosts: the host of each SP rank: equal, consecutive blocks.
+    """
+
+    mesh: Mesh
+    hosts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rank: int, parallel: ParallelConfig) -> Place:
+        per_host = parallel.sp_size // parallel.nnodes
+        hosts = tuple(sp_rank // per_host for sp_rank in range(parallel.sp_size))
+        return cls(Mesh(parallel.sp_size, parallel.tp_size, rank), hosts)
+
+    @property
+    def host(self) -> int:
+        return self.hosts[self.mesh.sp_rank]
+
+    def rank_hosts(self) -> tuple[int, ...]:
+        """The host of each global rank."""
+        return tuple(host for host in self.hosts for _ in range(self.mesh.tp_size))
+
+    def sp_peers_here(self) -> dict[int, int]:
+        """SP rank -> global rank of those with this TP rank on this host, itself included."""
+        mesh = self.mesh
+        return {
+            sp_rank: sp_rank * mesh.tp_size + mesh.tp_rank
+            for sp_rank, host in enumerate(self.hosts)
+            if host == self.host
+        }
+
+
+def kv_shape(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVShape:
+    """The pool of one global rank."""
+    return KVShape(
+        layers=model.num_layers,
+        slots=config.cache.pages_per_rank,
+        kv_heads=model.kv_heads_per_rank(config.parallel.tp_size),
+        page_size=config.cache.page_size,
+        head_dim=model.head_dim,
+        itemsize=dtype.itemsize,
+    )
+
+
+def open_store(place: Place, shape: KVShape, dtype: torch.dtype, fds: Mapping[str, int]) -> KVStore:
+    """This rank's pool, writable, and its SP peers' on this host, read only."""
+    pools: list[KVPool | None] = [None] * place.mesh.sp_size
+    for sp_rank, rank in place.sp_peers_here().items():
+        own = rank == place.mesh.rank
+        pools[sp_rank] = KVPool.shared(shape, dtype, fds[f"kv.{rank}"], writable=own)
+    return KVStore(pools, place.mesh.sp_rank)
+
+
+def open_mailroom(
+    config: EngineConfig, place: Place, traffic: Traffic, fds: Mapping[str, int]
+) -> Mailroom:
+    """Links to all ranks: shared memory on one host, torch.distributed between hosts.
+
+    Raises:
+        ConnectionError: when the ranks of other hosts do not come in time.
+    """
+    mesh, timeout_s = place.mesh, config.watchdog_timeout_s
+    memory = map_region(fds["links"], link_bytes(mesh.world_size, RING_BYTES))
+    local = SharedMemoryMailroom(memory, mesh.rank, mesh.world_size, traffic, timeout_s=timeout_s)
+    if config.parallel.nnodes == 1:
+        return local
+    host, port = _split_address(config.parallel.dist_init_addr or "")
+    store = tcp_store(host, port, mesh.world_size, master=mesh.rank == 0, timeout_s=timeout_s)
+    address = _address_towards(host, port)
+    group = gloo_group(store, mesh.rank, mesh.world_size, address=address, timeout_s=timeout_s)
+    return RoutedMailroom(local, TorchDistMailroom(group, traffic), place.rank_hosts())
+
+
+def open_fence(
+    config: EngineConfig, place: Place, layers: int, fds: Mapping[str, int]
+) -> LayerFence:
+    """This rank's layer fence; none where no peer reads its pool in place."""
+    if len(place.sp_peers_here()) == 1:
+        return NoFence()
+    world = place.mesh.world_size
+    memory = map_region(fds["fences"], fence_bytes(world))
+    return SharedLayerFence(
+        memory, place.mesh.rank, world, layers, timeout_s=config.watchdog_timeout_s
+    )
+
+
+def open_means(
+    config: RankConfig,
+    place: Place,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    fds: Mapping[str, int],
+) -> AttentionContext:
+    """Everything that attention needs of this rank."""
+    traffic, engine = Traffic(), config.engine
+    return AttentionContext(
+        mesh=place.mesh,
+        mailroom=open_mailroom(engine, place, traffic, fds),
+        store=open_store(place, kv_shape(engine, model, dtype), dtype, fds),
+        fence=open_fence(engine, place, model.num_layers, fds),
+        backend=backend,
+        traffic=traffic,
+        hosts=place.hosts,
+    )
+
+
+def _split_address(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"dist_init_addr {address!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This host's own address on the way to `host`; nothing is sent."""
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])

@@ -1,0 +1,135 @@
+"""A rank's process: load, warm up, say so, then execute plans as they come.
+
+An exception in a step is told to the scheduler (`StepResult.error`) and ends the process with a
+nonzero status: ranks of the step's group may have diverged, and nothing here could tell.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from sps_runtime.attention.choose import choose_backend
+from sps_runtime.config.model import load_model_config
+from sps_runtime.config.process import RankConfig
+from sps_runtime.ipc.links import Receiver, Sender, new_context
+from sps_runtime.ipc.memory import map_memory
+from sps_runtime.ipc.process import ChildContext, child_context
+from sps_runtime.models.decoder import Decoder
+from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
+from sps_runtime.ops.dispatch import Ops, choose_ops
+from sps_runtime.runner.assembly import Place, open_means
+from sps_runtime.runner.measure import measure_flops, measure_link
+from sps_runtime.runner.model_runner import ModelRunner
+from sps_runtime.runner.token_board import TokenBoard
+from sps_runtime.runner.warm_up import warm_up
+from sps_runtime.telemetry.logs import setup_logging
+from sps_runtime.types.errors import ConfigError
+from sps_runtime.types.messages import FromRank, RankReady, StopEngine, ToRank
+from sps_runtime.types.plan import StepResult
+
+logger = logging.getLogger(__name__)
+
+FAREWELL_MS = 2000
+
+
+def main() -> None:
+    with child_context(RankConfig) as child:
+        setup_logging(child.config.log.level, child.config.log.format, child.name)
+        run(child)
+
+
+def run(child: ChildContext[RankConfig]) -> None:
+    """Serve until told to stop."""
+    config, context = child.config, new_context()
+    plans: Receiver[ToRank] = Receiver(context, config.endpoints.ranks[config.rank], ToRank)
+    results: Sender[FromRank] = Sender(context, config.endpoints.results)
+    try:
+        runner, ready = start(child)
+        results.send(ready)
+        child.ready(ready.detail)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: collections need not look at it again
+        loop(config.rank, runner, plans, results)
+    finally:
+        plans.close()
+        results.close(FAREWELL_MS)
+        context.term()
+
+
+def loop(
+    rank: int, runner: ModelRunner, plans: Receiver[ToRank], results: Sender[FromRank]
+) -> None:
+    """Execute plans in the order in which they come, until `StopEngine`."""
+    while not isinstance(message := plans.receive(), StopEngine):
+        if message is None:
+            continue
+        try:
+            results.send(runner.execute(message))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            results.send(StepResult(message.epoch, rank, error=reason))
+            raise
+
+
+def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
+    """Load this rank's model, meet the others, warm up and measure."""
+    config, engine = child.config, child.config.engine
+    torch.set_num_threads(engine.threads_per_rank)
+    place = Place.of(config.rank, engine.parallel)
+    began = time.monotonic()
+    model = _load(child, place)
+    dtype = model.embedding.weight_VD.dtype
+    ops = _choose_ops(engine.attention_backend)
+    backend = choose_backend(
+        ops,
+        page_size=engine.cache.page_size,
+        head_dim=model.config.head_dim,
+        threads=engine.threads_per_rank,
+    )
+    means = open_means(config, place, model.config, dtype, backend, child.fds)
+    board = TokenBoard(map_memory(child.fds["board"]))
+    runner = ModelRunner(
+        model, model.config.vocab_size, means, board, engine.parallel.arch,
+        engine.watchdog_timeout_s,
+    )  # fmt: skip
+    cache, vocab = engine.cache, model.config.vocab_size
+    warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)
+    link = measure_link(
+        means.mailroom.group(place.mesh.sp_peers(tuple(range(place.mesh.sp_size)))),
+        means.mailroom.group(tuple(range(place.mesh.world_size))),
+        zero_copy=len(set(place.hosts)) == 1,
+    )
+    detail = f"attention {backend.name} ({ops.reason}), {dtype}, {engine.threads_per_rank} threads"
+    logger.info("ready after %.1f s: %s", time.monotonic() - began, detail)
+    return runner, RankReady(config.rank, cache.pages_per_rank, link, measure_flops(dtype), detail)
+
+
+def _choose_ops(name: str) -> Ops:
+    """Raises ConfigError for a name that is none, or kernels that cannot be had."""
+    if name not in ("auto", "sps_kernel", "torch"):
+        raise ConfigError(f"attention backend {name!r} is none of auto, sps_kernel, torch")
+    try:
+        return choose_ops(name)  # type: ignore[arg-type]
+    except ImportError as error:
+        raise ConfigError(f"attention backend sps_kernel cannot be imported: {error}") from None
+
+
+def _load(child: ChildContext[RankConfig], place: Place) -> Decoder:
+    """This TP rank's model over the weights that all ranks of the host share."""
+    engine = child.config.engine
+    directory = Path(engine.model_path)
+    spec = LoadSpec(
+        directory, engine.dtype, engine.load_format, engine.seed, engine.parallel.tp_size
+    )
+    first = min(place.sp_peers_here().values()) - place.mesh.tp_rank
+    shared = SharedWeights(child.fds["weights"], first=child.config.rank == first)
+    return load_model(load_model_config(directory), spec, place.mesh.tp_rank, shared)
+
+
+if __name__ == "__main__":
+    main()
