@@ -36,7 +36,9 @@ class Request:
         arrival: turn in which it may be planned first.
         cancel_after: None, or how many steps it takes part in before it is dropped.
         forced: continue with these tokens whatever is sampled (teacher forcing).
-        cached: pages of a prefix that lie in the pools already, whole pages only.
+        chunk: as in `Shape`, for this request alone.
+        prefix_of: another request, whose whole pages of the common prefix are shared once they are
+            acknowledged; not planned before.
         judge_from: first prompt position whose logprob is wanted, -1 for none.
     """
 
@@ -45,13 +47,16 @@ class Request:
     arrival: int = 0
     cancel_after: int | None = None
     forced: list[int] | None = None
-    cached: list[int] = field(default_factory=list)
+    chunk: int | None = None
+    prefix_of: Request | None = None
     params: SamplingParams = GREEDY
     judge_from: int = -1
     logprobs: int | None = None
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    shared: int = 0
     computed: int = 0
+    committed: int = 0
     steps: int = 0
     samples_planned: int = 0
     last_sample: int = -1
@@ -107,7 +112,7 @@ class Planner:
         for pages in self.free.values():
             self.rng.shuffle(pages)
         self.requests: list[Request] = []
-        self.planned: dict[int, list[Request]] = {}
+        self.planned: dict[int, list[tuple[Request, int]]] = {}
         self.freeing: dict[int, list[int]] = defaultdict(list)
         self.acknowledged = epoch
         self.next_slot = 0
@@ -115,15 +120,14 @@ class Planner:
     def add(self, *requests: Request) -> None:
         for request in requests:
             request.slot, self.next_slot = self.next_slot, self.next_slot + 1
-            request.pages = list(request.cached)
-            request.computed = len(request.cached) * self.shape.page_size
-            assert request.computed < len(request.prompt)
         self.requests += requests
 
     def plans(self) -> list[StepPlan]:
         """The plans of one turn, one or two, in the order of their epochs."""
         turn, self.turn = self.turn, self.turn + 1
-        ready = [r for r in self.requests if not r.done and r.arrival <= turn]
+        ready = [
+            r for r in self.requests if not r.done and r.arrival <= turn and self._has_prefix(r)
+        ]
         for request in ready:
             if request.cancel_after is not None and request.steps >= request.cancel_after:
                 self.end(request)
@@ -140,11 +144,26 @@ class Planner:
             batches = [(ready, "sharded")]
         return [self._plan(batch, placement) for batch, placement in batches if batch]
 
+    def _has_prefix(self, request: Request) -> bool:
+        """Whether a request may start; takes over the pages that it shares."""
+        source, page_size = request.prefix_of, self.shape.page_size
+        if source is None or request.pages:
+            return True
+        pairs = zip(request.prompt[:-1], source.prompt, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        common = min(len(request.prompt) - 1, len(source.prompt)) if same is None else same
+        request.shared = common // page_size
+        if source.committed < request.shared * page_size:
+            return False
+        request.pages = source.pages[: request.shared]
+        request.computed = request.shared * page_size
+        return True
+
     def _plan(self, batch: list[Request], placement: Placement) -> StepPlan:
         self.epoch += 1
         group = self._group(batch)
         sequences = tuple(self._sequence(request, group) for request in batch)
-        self.planned[self.epoch] = list(batch)
+        self.planned[self.epoch] = [(request, request.computed) for request in batch]
         return StepPlan(self.epoch, group, sequences, placement, self.shape.strategy)
 
     def _group(self, batch: list[Request]) -> tuple[int, ...]:
@@ -161,7 +180,8 @@ class Planner:
 
     def _sequence(self, request: Request, group: tuple[int, ...]) -> SequencePlan:
         start, known = request.computed, request.known
-        count = min(self.shape.chunk or request.length, request.length - start)
+        chunk = self.shape.chunk if request.chunk is None else request.chunk
+        count = min(chunk or request.length, request.length - start)
         end = start + count
         self._deal(request, end, group)
         whole = end == request.length
@@ -180,7 +200,7 @@ class Planner:
             sample=SamplePlan(request.params, logprobs=request.logprobs) if whole else None,
             prompt_logprobs_from=request.judge_from if prefill else -1,
             next_token=request.prompt[end] if end < len(request.prompt) else -1,
-            prompt_logprobs_top=2,
+            prompt_top=2,
         )
 
     def _deal(self, request: Request, end: int, group: tuple[int, ...]) -> None:
@@ -201,7 +221,8 @@ class Planner:
         by_slot = {token.slot: token for result in results for token in result.sampled}
         assert len(by_slot) == sum(len(result.sampled) for result in results), "sampled twice"
         self.acknowledged = epoch
-        for request in self.planned.pop(epoch):
+        for request, computed in self.planned.pop(epoch):
+            request.committed = computed
             token = by_slot.pop(request.slot, None)
             if token is None or request.done:
                 continue
@@ -216,7 +237,7 @@ class Planner:
         """Drop a request; its own pages are free once what is in flight is acknowledged. Whole
         pages of finished prompts stay, so that a later request can share them."""
         request.done = True
-        keep = len(request.cached)
+        keep = request.shared
         if request.cancel_after is None:
             keep = max(keep, len(request.prompt) // self.shape.page_size)
         loose, request.pages = request.pages[keep:], request.pages[:keep]

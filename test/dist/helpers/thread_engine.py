@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dist.helpers.planner import Planner, Request, Shape
+from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.parallel import Arch
 from sps_runtime.distributed.communicator import Traffic
@@ -26,6 +26,7 @@ from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.arena import Arena
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
+from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import StepPlan, StepResult
@@ -96,6 +97,7 @@ class ThreadEngine:
         for pool in pools:  # a read of what nobody wrote must show
             pool.k.fill_(torch.nan)
             pool.v.fill_(torch.nan)
+        backend = choose_backend(choose_ops(), page_size=page_size, head_dim=config.head_dim)
         world = ThreadWorld(sp * tp, timeout_s=30.0)
         fences = ThreadFences(sp * tp, config.num_layers, timeout_s=30.0)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
@@ -113,7 +115,7 @@ class ThreadEngine:
                 mailroom=world.mailroom(rank, traffic),
                 store=KVStore(own, mesh.sp_rank),
                 fence=fences.of(rank),
-                backend=TorchBackend(),
+                backend=backend,
                 traffic=traffic,
                 hosts=hosts,
             )
