@@ -6,9 +6,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-
-from kit import tokenizers as kinds
-from kit.live_server import LiveServer
+from test.kit import tokenizers as kinds
+from test.kit.live_server import LiveServer
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import json
 import httpx
 import openai
 import pytest
-
-from kit.live_server import LiveServer
+from test.kit.live_server import LiveServer
 
 TEXT = "Ä 你好 fox"
 

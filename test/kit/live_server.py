@@ -11,7 +11,6 @@ from typing import Any
 
 import uvloop
 
-from kit.fake_engine import FakeEngine
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.server import ServerConfig
 from sps_runtime.frontend.health import Health
@@ -25,6 +24,7 @@ from sps_runtime.server.generation_probe import GenerationProbe
 from sps_runtime.server.http_server import HttpServer
 from sps_runtime.server.metrics import Metrics
 from sps_runtime.server.service import Service, Timeouts
+from test.kit.fake_engine import FakeEngine
 
 VOCAB_SIZE = 512
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-
-from kit.echo_server import EchoServer
+from test.kit.echo_server import EchoServer
 
 SEEDS = range(160)
 REQUESTS = 20

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from test.kit import tokenizers as kinds
 
-from kit import tokenizers as kinds
 from sps_runtime.frontend.tokenizer import Tokenizer
 
 

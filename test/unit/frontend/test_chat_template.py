@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test.kit import tokenizers as kinds
 
-from kit import tokenizers as kinds
 from sps_runtime.frontend.chat_template import ChatTemplate
 from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.types.errors import ConfigError, InvalidRequest

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from test.kit.fake_engine import FakeEngine
 
-from kit.fake_engine import FakeEngine
 from sps_runtime.frontend.limits import Limits
 from sps_runtime.frontend.output_group import OutputGroup
 from sps_runtime.frontend.query import (

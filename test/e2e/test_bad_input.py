@@ -1,0 +1,416 @@
+"""Bad requests of every kind: each has one answer, and a canary stream goes on unchanged.
+
+The kinds are those that have hurt users of other servers. A body given as bytes is sent as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from test.kit.fake_engine import FakeEngine
+from test.kit.live_server import VOCAB_SIZE, LiveServer
+
+CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/generate"
+USER = [{"role": "user", "content": "x"}]
+LEAKS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/usr/|/root/|site-packages|\.py\b")
+
+# name -> values that must be refused, in OpenAI's words
+SAMPLING: dict[str, list[Any]] = {
+    "max_tokens": [-1, 1 << 31, 1 << 70, "5", 1.5, True, [1]],
+    "min_tokens": [-1, 5, "1"],
+    "temperature": [-0.1, 101, "1", True, [1], {}],
+    "top_p": [0, 2, -1, "1"],
+    "top_k": [-2, 1 << 31, 1.5, "1"],
+    "min_p": [-0.1, 1.1],
+    "presence_penalty": [2.5, -2.5, "0"],
+    "frequency_penalty": [2.5, -2.5],
+    "repetition_penalty": [0, 2.5, -1],
+    "n": [0, 17, 1 << 31, -1, "1", True],
+    "seed": [1 << 64, 1.5, "1"],
+    "stop": [["x"] * 17, "", [""], "x" * 257, 5, [5], {"a": 1}],
+    "stop_token_ids": [[VOCAB_SIZE], [-1], [True], [1.0], [1 << 63], ["1"], 5, [1] * 301],
+    "logit_bias": [
+        {str(VOCAB_SIZE): 1},
+        {"-1": 1},
+        {"x": 1},
+        {"1": 101},
+        {"1": "1"},
+        {str(i): 1 for i in range(301)},
+        [1],
+    ],
+    "stream": ["yes", 1],
+    "stream_options": [5, "x"],
+}
+NATIVE_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+}
+PROMPTS: list[Any] = [
+    "",
+    [],
+    [[]],
+    [""],
+    [VOCAB_SIZE],
+    [-1],
+    [True],
+    [1.0],
+    [1 << 63],
+    [1, "x"],
+    ["x", 1],
+    [[1], [VOCAB_SIZE]],
+    [[[1]]],
+    [None],
+    "y " * 9000,
+    [5] * 4097,
+    ["x"] * 65,
+    5,
+    {"a": 1},
+    True,
+]
+UNSUPPORTED: dict[str, Any] = {
+    "regex": "a+",
+    "json_schema": "{}",
+    "ebnf": 'root ::= "x"',
+    "lora_path": "/etc/passwd",
+    "session_params": {"id": 1},
+    "custom_logit_processor": "x",
+    "image_data": "http://example.com/x.png",
+    "return_hidden_states": True,
+    "bad_words": ["x"],
+    "allowed_token_ids": [1],
+    "guided_json": {"type": "object"},
+    "structural_tag": "x",
+}
+OPENAI_UNSUPPORTED: dict[str, Any] = {
+    "best_of": 3,
+    "suffix": "x",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "response_format": {"type": "json_object"},
+    "chat_template": "{{ ().__class__ }}",
+    "reasoning_effort": "high",
+    "modalities": ["text", "audio"],
+}
+MESSAGES: list[tuple[Any, str]] = [
+    ([], "messages"),
+    (None, "messages"),
+    ("x", "messages"),
+    ([5], "messages[0]"),
+    ([{"role": "wizard", "content": "x"}], "messages[0].role"),
+    ([{"role": "tool", "content": "x"}], "messages[0].role"),
+    ([{"content": "x"}], "messages[0]"),
+    ([{"role": "user"}], "messages[0].content"),
+    ([{"role": "user", "content": 5}], "messages[0].content"),
+    (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}],
+        "messages[0].content[0].type",
+    ),
+    ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].type"),
+    ([{"role": "user", "content": [{"type": "file", "file": {}}]}], "messages[0].content[0].type"),
+    (
+        [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+        "messages[0].tool_calls",
+    ),
+    ([{"role": "user", "content": "y " * 9000}], "messages"),
+]
+
+
+def sampling_cases() -> Iterator[tuple[str, Any, str]]:
+    for name, values in SAMPLING.items():
+        for value in values:
+            yield TEXT, {"prompt": "x", "max_tokens": 4, name: value}, name
+            yield CHAT, {"messages": USER, "max_tokens": 4, name: value}, name
+            if not name.startswith("stream"):
+                native = NATIVE_NAMES.get(name, name)
+                sampling = {"max_new_tokens": 4, native: value}
+                yield (
+                    NATIVE,
+                    {"text": "x", "sampling_params": sampling},
+                    f"sampling_params.{native}",
+                )
+
+
+def prompt_cases() -> Iterator[tuple[str, Any, str]]:
+    for prompt in PROMPTS:
+        yield TEXT, {"prompt": prompt, "max_tokens": 1}, "prompt"
+        ids = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], str)
+        yield NATIVE, {"input_ids" if ids else "text": prompt}, "input_ids" if ids else "text"
+    yield TEXT, {"max_tokens": 1}, "prompt"
+    yield NATIVE, {}, "input_ids"
+    yield NATIVE, {"text": "x", "input_ids": [1]}, "input_ids"
+    yield TEXT, {"prompt": ["x"] * 33, "n": 2}, "n"
+    yield TEXT, {"prompt": [5] * 4090, "max_tokens": 10}, "max_tokens"
+
+
+def other_cases() -> Iterator[tuple[str, Any, str]]:
+    for messages, field in MESSAGES:
+        yield CHAT, {"messages": messages, "max_tokens": 1}, field
+    yield CHAT, {"max_tokens": 1}, ""
+    for name, value in UNSUPPORTED.items():
+        yield TEXT, {"prompt": "x", name: value}, name
+        yield CHAT, {"messages": USER, name: value}, name
+        yield NATIVE, {"text": "x", name: value}, name
+    for name, value in OPENAI_UNSUPPORTED.items():
+        yield CHAT, {"messages": USER, name: value}, name
+    for kwargs in ({"x": 1}, {"enable_thinking": {"a": 1}}, {"enable_thinking": [1] * 99}, "x"):
+        yield CHAT, {"messages": USER, "chat_template_kwargs": kwargs}, "chat_template_kwargs"
+    for logprobs in (21, -1, True, "1"):
+        yield TEXT, {"prompt": "x", "logprobs": logprobs}, "logprobs"
+    for top in (21, -1, "1"):
+        yield CHAT, {"messages": USER, "logprobs": True, "top_logprobs": top}, "top_logprobs"
+    yield CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs"
+    native: list[tuple[str, Any]] = [
+        ("top_logprobs_num", 21),
+        ("top_logprobs_num", -1),
+        ("logprob_start_len", -2),
+        ("logprob_start_len", 99),
+        ("token_ids_logprob", [VOCAB_SIZE]),
+        ("token_ids_logprob", [-1]),
+        ("token_ids_logprob", [True]),
+        ("return_logprob", 1),
+    ]
+    for name, value in native:
+        yield NATIVE, {"text": "x", "return_logprob": True, name: value}, name
+    for name in ("regex", "json_schema", "ebnf", "stop_regex", "structural_tag", "custom_params"):
+        yield NATIVE, {"text": "x", "sampling_params": {name: "("}}, f"sampling_params.{name}"
+    yield NATIVE, {"text": "x", "sampling_params": {"wibble": 1}}, "sampling_params"
+    yield NATIVE, {"text": "x", "sampling_params": [{}, {}]}, "sampling_params"
+    yield NATIVE, {"text": ["x", "y"], "rid": ["a"]}, "rid"
+    yield NATIVE, {"text": ["x", "y"], "rid": ["a", "a"]}, "rid"
+    yield NATIVE, {"text": "x", "rid": 5}, "rid"
+    yield "/tokenize", {}, "prompt"
+    yield "/tokenize", {"prompt": 5}, "prompt"
+    yield "/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"
+    yield "/detokenize", {"tokens": ["x"]}, "tokens"
+    yield "/abort_request", {}, "rid"
+
+
+def raw_cases() -> Iterator[tuple[str, Any, str]]:
+    """Bodies that no JSON writer would write."""
+    for number in ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "nan"):
+        yield TEXT, b'{"prompt": "x", "temperature": %s}' % number.encode(), ""
+        yield NATIVE, b'{"text": "x", "sampling_params": {"top_p": %s}}' % number.encode(), ""
+    for depth in (33, 100_000):
+        yield TEXT, b'{"prompt": "x", "metadata": %s%s}' % (b"[" * depth, b"]" * depth), ""
+        yield CHAT, b'{"a":' * depth + b"1" + b"}" * depth, ""
+        yield NATIVE, b"[" * depth, ""
+    for body in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"5",
+        b'{"prompt": "x"} x',
+        b'{"prompt": "\xff"}',
+    ):
+        yield TEXT, body, ""
+    yield TEXT, b'{"prompt": "\\ud800"}', ""
+    yield TEXT, b'{"prompt": null}', "prompt"
+    yield TEXT, b'{"model": null, "prompt": "x", "n": 0}', "n"
+
+
+CASES = list(itertools.chain(sampling_cases(), prompt_cases(), other_cases(), raw_cases()))
+
+
+@pytest.fixture(scope="module")
+def live(tokenizer_directory: Path) -> Iterator[LiveServer]:
+    with LiveServer(tokenizer_directory, lambda: FakeEngine(delay_s=0.002)) as server:
+        yield server
+
+
+class Canary:
+    """A stream that must come out as it should, whatever else goes on."""
+
+    TEXT = "The canary sings. "
+
+    def __init__(self, live: LiveServer) -> None:
+        self._live = live
+        self._stop = threading.Event()
+        self.rounds = 0
+        self.failures: list[str] = []
+        self._thread = threading.Thread(target=self._sing)
+
+    def _sing(self) -> None:
+        count = len(self._live.manager.tokenizer.encode(self.TEXT)) * 3
+        with httpx.Client(base_url=self._live.url, timeout=20) as client:
+            while not self._stop.is_set():
+                body = {"prompt": self.TEXT, "max_tokens": count, "stream": True}
+                with client.stream("POST", TEXT, json=body) as response:
+                    data = [line[6:] for line in response.iter_lines() if line]
+                text = "".join(json.loads(line)["choices"][0]["text"] for line in data[:-1])
+                if text != self.TEXT * 3 or data[-1] != "[DONE]":
+                    self.failures.append(text)
+                self.rounds += 1
+
+    def __enter__(self) -> Canary:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(20)
+        assert not self.failures
+        assert self.rounds >= 2
+
+
+def check_error(response: httpx.Response, field: str, told: str) -> None:
+    assert 400 <= response.status_code < 500, (response.status_code, told)
+    body = response.json()
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert body["object"] == "error"
+    assert body["message"] == error["message"]
+    assert not LEAKS.search(response.text), response.text
+    if field:
+        assert str(error["param"]).startswith(field), (error, told)
+        assert field.split(".")[0].split("[")[0] in error["message"], (error, told)
+
+
+def test_every_kind_is_refused_and_the_canary_sings(live: LiveServer) -> None:
+    waits = []
+    with httpx.Client(base_url=live.url, timeout=20) as client, Canary(live) as canary:
+        for path, body, field in CASES:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            told = f"{path} {content[:150]!r}"
+            began = time.monotonic()
+            response = client.post(
+                path, content=content, headers={"content-type": "application/json"}
+            )
+            waits.append(time.monotonic() - began)
+            check_error(response, field, told)
+        while canary.rounds < 2:
+            time.sleep(0.01)
+        assert client.get("/health").status_code == 200
+    waits.sort()
+    assert len(CASES) > 300
+    assert waits[int(len(waits) * 0.99)] < 0.25
+    assert live.manager.inflight == 0
+
+
+def test_what_is_accepted_though_odd(live: LiveServer) -> None:
+    """The kinds that are not errors: zero tokens, repeated keys (the last counts), NUL, unknown."""
+    bodies: list[Any] = [
+        {"prompt": "x", "max_tokens": 0},
+        b'{"prompt": "x", "max_tokens": 99999, "max_tokens": 2}',
+        {"prompt": "a\x00b", "max_tokens": 2},
+        {"prompt": "x", "max_tokens": 2, "unheard_of": {"a": [1]}},
+        {"prompt": "x", "max_tokens": 2, "model": "default"},
+        {"prompt": "x", "max_tokens": 2, "rid": "not legal!"},
+    ]
+    with httpx.Client(base_url=live.url) as client:
+        for body in bodies:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            response = client.post(
+                TEXT, content=content, headers={"content-type": "application/json"}
+            )
+            assert response.status_code == 200, response.text
+            assert "not legal" not in response.text
+
+
+def test_wrong_model_is_404(live: LiveServer) -> None:
+    for path, body in ((TEXT, {"prompt": "x"}), (CHAT, {"messages": USER})):
+        response = httpx.post(live.url + path, json={**body, "model": "gpt-5"})
+        assert response.status_code == 404
+        check_error(response, "model", path)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+        ({"content-type": "application/json; charset=utf-8"}, 200),
+    ],
+)
+def test_content_types(live: LiveServer, headers: dict[str, str], status: int) -> None:
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    response = httpx.post(live.url + TEXT, content=body, headers=headers)
+    assert response.status_code == status
+
+
+def test_unknown_paths_and_methods(live: LiveServer) -> None:
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("GET", TEXT, 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/models/", 404),
+    ):
+        response = httpx.request(method, live.url + path)
+        assert response.status_code == status, path
+        check_error(response, "", path)
+
+
+def test_bodies_are_bounded(live: LiveServer) -> None:
+    limit = live.manager.limits.max_body_bytes
+    head = {"content-type": "application/json"}
+    response = httpx.post(live.url + TEXT, content=b'"' + b"x" * limit + b'"', headers=head)
+    assert response.status_code == 413
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(limit // 65536 + 20):
+            yield b"x" * 65536
+
+    response = httpx.post(live.url + TEXT, content=endless(), headers=head)
+    assert response.status_code == 413
+    check_error(response, "", "endless")
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 100 + b"\r\n",
+        b"GET /health HTTP/1.1\r\nhost: x\r\na: " + b"b" * 20_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"\x00\x01\x02\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+    ],
+)
+def test_heads_are_bounded(live: LiveServer, request_head: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+        connection.sendall(request_head)
+        received = b""
+        while chunk := connection.recv(4096):
+            received += chunk
+    assert received.startswith(b"HTTP/1.1 400")
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_five_megabytes_do_not_stop_the_loop(live: LiveServer) -> None:
+    """A body of 5 MB is read, decoded, tokenized and refused while /livez keeps answering."""
+    text = 'The lazy dog jumps over the naïve fox, [and] {so} \\ "on". ' * 85_000
+    done = threading.Event()
+    answer: list[httpx.Response] = []
+
+    def send() -> None:
+        answer.append(httpx.post(live.url + TEXT, json={"prompt": text}, timeout=60))
+        done.set()
+
+    waits = []
+    with httpx.Client(base_url=live.url, timeout=20) as client:
+        client.get("/livez")
+        thread = threading.Thread(target=send)
+        thread.start()
+        while not done.is_set():
+            began = time.monotonic()
+            assert client.get("/livez").status_code == 200
+            waits.append(time.monotonic() - began)
+            time.sleep(0.005)
+        thread.join()
+    assert len(text) > 4_900_000
+    assert answer[0].status_code == 400
+    assert answer[0].json()["error"]["code"] == "context_length_exceeded"
+    assert max(waits) < 0.5
