@@ -10,8 +10,11 @@ from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
-from sps_runtime.runner.echo import EchoMemory, EchoWorld, echo_generate
+from sps_runtime.runner.echo import EchoMemory, EchoWorld, echo_generate, echo_prompt_logprobs
+from sps_runtime.scheduler.policies.sps import Sps
+from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
+from sps_runtime.scheduler.sequence import Run
 from sps_runtime.types.messages import LinkCost, TokensOut
 from sps_runtime.types.plan import StepPlan
 from sps_runtime.types.request import GenerateRequest
@@ -22,6 +25,16 @@ SHAPE = ModelShape(layers=2, hidden=64, q_heads=4, kv_heads=2, head_dim=16, line
 EOS = 3
 
 
+class AnyDegree(Sps):
+    """Chooses degrees at random, anew for every chunk."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+
+    def _degree(self, view: View, run: Run) -> int:
+        return self._chance.randint(1, view.parallel.sp_size)
+
+
 class Referee:
     """Checks every plan against the contract of `types.plan`, knowing only plans and answers."""
 
@@ -29,6 +42,7 @@ class Referee:
         self._tp_size, self._depth, self._in_place = tp_size, depth, in_place
         self._pending: dict[int, tuple[tuple[int, ...], set[int]]] = {}
         self._written_in: dict[int, int] = {}
+        self._uses: dict[int, dict[int, tuple[int, int]]] = {}
         self._epoch = 0
 
     def plan(self, plan: StepPlan, page_size: int, pages_per_rank: int) -> None:
@@ -38,6 +52,7 @@ class Referee:
         assert len(set(slots)) == len(slots), "a slot is in a plan twice"
         self._epoch = plan.epoch
         writes: set[int] = set()
+        uses: dict[int, tuple[int, int]] = {}
         for sequence in plan.sequences:
             pages = unpack_ids(sequence.pages)
             begin = sequence.start // page_size
@@ -47,8 +62,11 @@ class Referee:
                     assert self._in_place, "a page outside the group cannot be read here"
                     assert plan.strategy == "pass_kv" and plan.placement == "sharded"
                     assert epoch not in self._pending, "an uncommitted page is outside the group"
-            assert not writes & set(pages[begin:]), "two sequences write one page"
+            for index in range(begin, len(pages)):
+                assert pages[index] not in writes, "two sequences write one page"
+                self._check_unused(pages[index], (sequence.slot, index))
             writes |= set(pages[begin:])
+            uses.update((page, (sequence.slot, index)) for index, page in enumerate(pages))
             if sequence.board_epoch in self._pending:
                 group = self._pending[sequence.board_epoch][0]
                 assert set(plan.group) <= set(group), "the board's group is smaller"
@@ -58,6 +76,7 @@ class Referee:
             rank * self._tp_size + peer for rank in plan.group for peer in range(self._tp_size)
         }
         self._pending[plan.epoch] = (plan.group, ranks)
+        self._uses[plan.epoch] = uses
         for rank in ranks:
             count = sum(rank in waiting for _, waiting in self._pending.values())
             assert count <= self._depth, "too many plans under way"
@@ -66,7 +85,12 @@ class Referee:
         waiting = self._pending[epoch][1]
         waiting.remove(rank)
         if not waiting:
-            del self._pending[epoch]
+            del self._pending[epoch], self._uses[epoch]
+
+    def _check_unused(self, page: int, use: tuple[int, int]) -> None:
+        """A page is not written while a plan under way knows it as another page."""
+        for epoch, uses in self._uses.items():
+            assert uses.get(page, use) == use, f"page {page} is written under epoch {epoch}"
 
 
 class EchoServer:
@@ -190,12 +214,26 @@ class EchoServer:
         """The answer is what echo_generate says, or the beginning of it if it was aborted."""
         finish, tokens, expected = self.finals[rid].finish, self.tokens[rid], self.expected(rid)
         assert finish is not None
+        self._compare_logprobs(rid)
         if finish.kind == "abort":
             assert tokens == expected[: len(tokens)], f"{rid}: {tokens} != {expected}"
             return
         assert tokens == expected, f"{rid}: {tokens} != {expected}"
         stopped = bool(expected) and expected[-1] == finish.matched
         assert finish.kind == ("stop" if stopped else "length")
+
+    def _compare_logprobs(self, rid: str) -> None:
+        """One entry per token, and the prompt's once, whatever the chunks and the cache were."""
+        request, news = self.requests[rid], [item for item in self.news if item.rid == rid]
+        wants, prompt = request.logprobs, list(unpack_ids(request.tokens))
+        heard = [entry.token for item in news for entry in item.logprobs]
+        assert heard == (self.tokens[rid] if wants is not None else [])
+        judged = [entry for item in news for entry in item.prompt_logprobs]
+        if wants is None or wants.prompt_start < 0 or not (self.tokens[rid] or judged):
+            assert not judged
+            return
+        right = echo_prompt_logprobs(prompt, wants, self.vocab)
+        assert judged == right[wants.prompt_start :]
 
     def _hear(self, news: list[TokensOut]) -> None:
         for item in news:

@@ -24,6 +24,7 @@ from sps_runtime.types.plan import (
     StepResult,
     TokenLogprobs,
 )
+from sps_runtime.types.sampling import LogprobParams
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -99,6 +100,18 @@ def echo_generate(
         entry = _entries([token], len(prompt) + len(output) - 1)
         state = (state + int(_mix(entry.astype(np.uint64))[0])) % 2**64
     return output
+
+
+def echo_prompt_logprobs(
+    prompt: Sequence[int], wants: LogprobParams, vocab: int
+) -> list[TokenLogprobs]:
+    """What a server over echo ranks must report for every prompt position, from 0."""
+    states = _states(_entries(prompt, 0)).tolist()
+    judged = [
+        _logprobs(state, token, wants.top, wants.token_ids, vocab)
+        for state, token in zip(states, list(prompt)[1:], strict=False)
+    ]
+    return [TokenLogprobs(prompt[0], None), *judged]
 
 
 @dataclass(frozen=True)
@@ -228,7 +241,7 @@ class EchoRank:
         """TP peers count too: a layer's sums keep them together as its attention keeps ranks."""
         tp = self._memory.tp_size
         peers = [rank * tp + peer for rank in plan.group for peer in range(tp)]
-        return int(min(self._memory.fences[peers])) >= plan.epoch
+        return bool(min(self._memory.fences[peers].tolist()) >= plan.epoch)
 
     def _pages(self, sequence: SequencePlan) -> Ints:
         pages = np.frombuffer(sequence.pages, np.int32).astype(np.int64)

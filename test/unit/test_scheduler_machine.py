@@ -1,0 +1,106 @@
+"""The pure scheduler over echo ranks as a state machine: every invariant after every step."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kit.echo_server import AnyDegree, EchoServer
+from sps_runtime.scheduler.policies import make_policy
+from sps_runtime.types.sampling import LogprobParams
+
+PREFIXES = [[5] * 12, [5, 6] * 8, [7] * 3]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come and are aborted, ranks answer in any order, policies and degrees change."""
+
+    @initialize(
+        sp=st.integers(1, 3),
+        tp=st.integers(1, 2),
+        arch=st.sampled_from(["ntp", "tp"]),
+        page_size=st.sampled_from([1, 2, 4]),
+        chunk=st.sampled_from([3, 8, -1]),
+        conservativeness=st.sampled_from([0.0, 1.0]),
+        overlap=st.booleans(),
+        zero_copy=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+    def start(self, sp, tp, arch, page_size, chunk, conservativeness, overlap, zero_copy, seed):
+        self.server = EchoServer(
+            sp=sp,
+            tp=tp,
+            page_size=page_size,
+            pages=-(-36 // (page_size * sp)),
+            seed=seed,
+            vocab=9,
+            zero_copy=zero_copy,
+            chunked_prefill_size=chunk,
+            max_prefill_tokens=16,
+            max_running_requests=4,
+            conservativeness=conservativeness,
+            overlap=overlap,
+            parallel={"arch": arch},
+        )
+
+    @rule(
+        prefix=st.sampled_from(PREFIXES),
+        shared=st.integers(0, 12),
+        own=st.lists(st.integers(4, 8), max_size=4),
+        n=st.integers(0, 10),
+        ignore_eos=st.booleans(),
+        penalty=st.sampled_from([0.0, 0.5]),
+        min_new=st.integers(0, 2),
+        wants=st.sampled_from([None, None, -1, 0, 3]),
+        tenant=st.sampled_from(["", "", "other"]),
+    )
+    def add(self, prefix, shared, own, n, ignore_eos, penalty, min_new, wants, tenant):
+        prompt = (prefix[:shared] + own) or [5]
+        logprobs = None if wants is None else LogprobParams(top=1, prompt_start=wants)
+        if logprobs is not None and wants >= len(prompt):
+            logprobs = None
+        self.server.add(
+            prompt,
+            n,
+            tenant=tenant,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
+            presence_penalty=penalty,
+            min_new_tokens=min(min_new, n),
+        )
+
+    @rule(data=st.data())
+    def abort(self, data):
+        rids = [*self.server.requests, "unknown"]
+        self.server.abort(data.draw(st.sampled_from(rids)))
+
+    @rule(polls=st.integers(0, 12))
+    def turn(self, polls):
+        self.server.turn(polls)
+
+    @rule()
+    def flush(self):
+        alive = self.server.requests.keys() - self.server.finals.keys()
+        assert self.server.scheduler.flush() == (not alive)
+
+    @rule(policy=st.sampled_from(["sps", "sarathi", "any"]))
+    def change_policy(self, policy):
+        chance = random.Random(self.server.chance.random())
+        chosen = AnyDegree(chance) if policy == "any" else make_policy(policy)
+        self.server.scheduler._policy = chosen
+
+    @precondition(lambda self: hasattr(self, "server"))
+    @invariant()
+    def sound(self):
+        self.server.scheduler.check()
+
+    def teardown(self):
+        if hasattr(self, "server"):
+            self.server.run(check=False)
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
