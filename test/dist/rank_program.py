@@ -1,22 +1,37 @@
 """A rank as a process of its own: exchanges and fences whose results it checks itself.
 
 Run as ``python rank_program.py KIND RANK SIZE ARGUMENT``: KIND is ``shared`` (ARGUMENT: descriptors
-of links and fences) or ``gloo`` (ARGUMENT: path of the rendezvous file).
+of links, fences and values), ``steps`` (whole attention steps over shared pools; ARGUMENT:
+descriptors of links, fences and each rank's pool), ``file`` (gloo; ARGUMENT: path of the rendezvous
+file) or ``tcp`` (gloo; ARGUMENT: port of the rendezvous). With gloo it also checks that it listens
+on loopback alone.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 
+import psutil
 import torch
+from test.dist.step_case import StepCase
 from torch import Tensor
 
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.distributed.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import SharedLayerFence
+from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
 from sps_runtime.distributed.shared_memory import SharedMemoryMailroom
-from sps_runtime.distributed.torch_dist import TorchDistMailroom, file_store, gloo_group
+from sps_runtime.distributed.torch_dist import (
+    TorchDistMailroom,
+    file_store,
+    gloo_group,
+    tcp_store,
+)
+from sps_runtime.kvstore.pool import KVPool, KVStore
 
 RING = 4096
 LAYERS = 50
@@ -70,9 +85,46 @@ def check_fences(fence: SharedLayerFence, shared: Tensor, rank: int, size: int) 
                 assert shared[peer, layer] >= epoch * 1000 + layer
 
 
+def check_steps(rank: int, size: int, descriptors: list[int]) -> None:
+    """Random steps of every strategy, each on pools that hold NaN wherever nothing was written."""
+    traffic = Traffic()
+    links = map_region(descriptors[0], link_bytes(size, RING))
+    mailroom = SharedMemoryMailroom(links, rank, size, traffic, ring_bytes=RING, timeout_s=30)
+    fences = map_region(descriptors[1], fence_bytes(size))
+    fence = SharedLayerFence(fences, rank, size, StepCase.LAYERS, timeout_s=30)
+    everyone = mailroom.group(tuple(range(size)))
+    shape = StepCase([(0, 1)]).kv_shape()
+    pools = [
+        KVPool.shared(shape, torch.float32, descriptor, writable=peer == rank)
+        for peer, descriptor in enumerate(descriptors[2:])
+    ]
+    for epoch in range(1, 17):
+        strategy = ("pass_kv", "pass_q", "ulysses", "replicated")[epoch % 4]
+        rng = random.Random(epoch)
+        sequences = [(rng.choice((0, 5, 100)), rng.randint(1, 60)) for _ in range(3)]
+        case = StepCase(
+            sequences,
+            strategy="pass_q" if strategy == "replicated" else strategy,
+            placement="replicated" if strategy == "replicated" else "sharded",
+            sp=size, seed=epoch, epoch=epoch, window=rng.choice((None, 30)),
+        )  # fmt: skip
+        case.fill_own(pools, rank)
+        all_gather(everyone, torch.ones(1), [1] * size, "control")
+        store = KVStore(pools, rank)
+        case.check_rank(
+            AttentionContext(
+                Mesh(size, 1, rank), mailroom, store, fence, TorchBackend(), traffic, (0,) * size
+            )
+        )
+        all_gather(everyone, torch.ones(1), [1] * size, "control")
+
+
 def main(kind: str, rank: int, size: int, argument: str) -> None:
     torch.set_num_threads(1)
     traffic = Traffic()
+    if kind == "steps":
+        check_steps(rank, size, [int(part) for part in argument.split(",")])
+        return
     if kind == "shared":
         links, fences, values = (int(part) for part in argument.split(","))
         mailroom: Mailroom = SharedMemoryMailroom(
@@ -86,9 +138,14 @@ def main(kind: str, rank: int, size: int, argument: str) -> None:
         shared = torch.frombuffer(memory, dtype=torch.int64).view(size, LAYERS)
         check_fences(fence, shared, rank, size)
     else:
-        store = file_store(argument, size)
+        if kind == "file":
+            store = file_store(argument, size)
+        else:
+            store = tcp_store("127.0.0.1", int(argument), size, master=rank == 0, timeout_s=30)
         group = gloo_group(store, rank, size, address="127.0.0.1", timeout_s=30)
         mailroom = TorchDistMailroom(group, traffic)
+        listening = [c for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
+        assert listening and all(c.laddr.ip == "127.0.0.1" for c in listening), listening
     check_exchanges(mailroom, rank, tuple(range(size)), 30)
     if size > 2 and rank != 1:
         check_exchanges(mailroom, rank, tuple(r for r in range(size) if r != 1), 10)

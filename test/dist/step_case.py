@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ class StepCase:
     seed: int = 0
     backend: AttentionBackend = field(default_factory=TorchBackend)
     dtype: torch.dtype = torch.float32
+    epoch: int = 7
+
+    LAYERS: ClassVar[int] = LAYERS
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -54,7 +58,7 @@ class StepCase:
         self.free = [list(self.rng.permutation(SLOTS)) for _ in range(self.sp)]
         self.page_lists = [self._lay_pages(start, count) for start, count in self.sequences]
         self.plan = StepPlan(
-            epoch=7,
+            epoch=self.epoch,
             group=self.group,
             sequences=tuple(
                 SequencePlan(
@@ -126,25 +130,35 @@ class StepCase:
 
         Layer 0 has the window, layer 1 has none.
         """
-        shape = KVShape(LAYERS, SLOTS, self.kv_heads, self.page, self.dim, self.dtype.itemsize)
-        pools = [KVPool.private(shape, self.dtype) for _ in range(self.sp)]
-        for pool in pools:  # what was never written must never be read
-            pool.k.fill_(torch.nan)
-            pool.v.fill_(torch.nan)
-        self._fill_cached(pools)
+        pools = [KVPool.private(self.kv_shape(), self.dtype) for _ in range(self.sp)]
+        for rank in range(self.sp):
+            self.fill_own(pools, rank)
         world = ThreadWorld(self.sp, timeout_s=20)
         fences = ThreadFences(self.sp, LAYERS, timeout_s=20)
-        return [t for t in world.run(lambda r: self._rank(r, world, fences, pools)) if t]
 
-    def _fill_cached(self, pools: list[KVPool]) -> None:
+        def work(rank: int) -> Traffic | None:
+            if rank not in self.group:
+                return None
+            return self.check_rank(self.context(rank, world, fences, pools))
+
+        return [traffic for traffic in world.run(work) if traffic]
+
+    def kv_shape(self) -> KVShape:
+        return KVShape(LAYERS, SLOTS, self.kv_heads, self.page, self.dim, self.dtype.itemsize)
+
+    def fill_own(self, pools: list[KVPool], rank: int) -> None:
+        """Put cached KV into a rank's pool, and NaN where nothing was written: that must never be
+        read."""
+        pools[rank].k.fill_(torch.nan)
+        pools[rank].v.fill_(torch.nan)
         for (start, _), pages, k, v in zip(
             self.sequences, self.page_lists, self.k, self.v, strict=True
         ):
             for position in range(start):
-                page = pages[position // self.page]
-                pool, at = pools[page // SLOTS], position % self.page
-                pool.k[:, page % SLOTS, :, at] = k[:, position]
-                pool.v[:, page % SLOTS, :, at] = v[:, position]
+                page, at = pages[position // self.page], position % self.page
+                if page // SLOTS == rank:
+                    pools[rank].k[:, page % SLOTS, :, at] = k[:, position]
+                    pools[rank].v[:, page % SLOTS, :, at] = v[:, position]
 
     def context(
         self, rank: int, world: ThreadWorld, fences: ThreadFences, pools: list[KVPool]
@@ -162,13 +176,9 @@ class StepCase:
             hosts=self.hosts,
         )
 
-    def _rank(
-        self, rank: int, world: ThreadWorld, fences: ThreadFences, pools: list[KVPool]
-    ) -> Traffic | None:
-        if rank not in self.group:
-            return None
-        context = self.context(rank, world, fences, pools)
-        member = self.layout.member(rank)
+    def check_rank(self, context: AttentionContext) -> Traffic:
+        """Run both layers on one rank and compare what it computed."""
+        member = self.layout.member(context.mesh.sp_rank)
         attend = sequence_attention(self.plan, self.layout, context)
         index = torch.from_numpy(self.layout.token_index(member))
         for layer, window in enumerate((self.window, None)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def run_ranks(kind: str, size: int, argument: str, descriptors: tuple[int, ...] 
         assert rank.returncode == 0, output
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [4])
 def test_shared_memory_between_processes(size: int) -> None:
     descriptors = tuple(create_region(name) for name in ("links", "fences", "values"))
     try:
@@ -52,8 +53,24 @@ def test_shared_memory_between_processes(size: int) -> None:
             os.close(descriptor)
 
 
+@pytest.mark.parametrize("size", [3])
+def test_steps_of_every_strategy_between_processes(size: int) -> None:
+    descriptors = tuple(create_region(str(index)) for index in range(2 + size))
+    try:
+        run_ranks("steps", size, ",".join(map(str, descriptors)), descriptors)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
 def test_gloo_between_processes(tmp_path: Path) -> None:
-    run_ranks("gloo", 3, str(tmp_path / "rendezvous"))
+    run_ranks("file", 3, str(tmp_path / "rendezvous"))
+
+
+def test_gloo_meets_at_an_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    run_ranks("tcp", 2, str(port))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

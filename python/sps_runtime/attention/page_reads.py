@@ -112,7 +112,8 @@ def packed_rows(pieces: Pieces, offset: int) -> Ints:
 def ranges(first: Ints, count: Ints) -> Ints:
     """[first[0], ... first[0] + count[0] - 1, first[1], ...]."""
     before = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(first - before, count)
+    rows: Ints = np.arange(int(count.sum())) + np.repeat(first - before, count)
+    return rows
 
 
 def row_index(rows: Ints) -> Tensor:

@@ -39,7 +39,7 @@ def all_gather(communicator: Communicator, x: Tensor, rows: Sequence[int], kind:
         rows: rows of each member; may differ and be 0.
     """
     out = x.new_empty((sum(rows), *x.shape[1:]))
-    recv = list(out.split(list(rows)))
+    recv = list(torch.split(out, list(rows)))
     communicator.exchange([x] * communicator.size, recv, kind)
     return out
 
@@ -56,7 +56,7 @@ def reduce_scatter(
     Returns:
         ``[rows[rank], ...]`` in x's dtype.
     """
-    send = list(x.split(list(rows)))
+    send = list(torch.split(x, list(rows)))
     mine = send[communicator.rank]
     parts = mine.new_empty((communicator.size, *mine.shape))
     communicator.exchange(send, list(parts.unbind(0)), kind)

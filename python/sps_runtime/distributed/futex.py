@@ -11,7 +11,6 @@ import ctypes
 import errno
 import os
 import platform
-from collections.abc import Callable
 
 _NUMBERS = {"x86_64": 202, "aarch64": 98}
 _WAIT, _WAKE = 0, 1
@@ -34,8 +33,8 @@ class Futex:
         if os.name != "posix" or machine not in _NUMBERS:
             raise OSError(errno.ENOSYS, f"no futex known for {machine}")
         self._number = ctypes.c_long(_NUMBERS[machine])
-        self._syscall: Callable[..., int] = ctypes.CDLL(None, use_errno=True).syscall
-        self._syscall.restype = ctypes.c_long  # type: ignore[attr-defined]
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._syscall.restype = ctypes.c_long
 
     def wait(self, address: int, value: int, timeout_s: float) -> None:
         """Sleep while the 32-bit word at `address` is `value`; wakes early for no reason too."""

@@ -15,21 +15,26 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator, Kind, Traffic
 from sps_runtime.distributed.exchange import as_bytes, check, copy_own, count_sent
 
+# torch's stubs leave out half of what is used here, and name groups by classes that they hide.
+dist: Any = torch.distributed
+Store = Any
+ProcessGroup = Any
 
-def file_store(path: str, world_size: int) -> dist.Store:
+
+def file_store(path: str, world_size: int) -> Store:
     """Rendezvous through a file in a private directory: ranks of one host."""
     return dist.FileStore(path, world_size)
 
 
 def tcp_store(
     host: str, port: int, world_size: int, *, master: bool, timeout_s: float = 60.0
-) -> dist.Store:
+) -> Store:
     """Rendezvous of several hosts at ``host:port``, served by the one `master` among the ranks.
 
     The master listens on exactly that address: torch's own listener would take every interface.
@@ -51,8 +56,8 @@ def tcp_store(
 
 
 def gloo_group(
-    store: dist.Store, rank: int, world_size: int, *, address: str, timeout_s: float = 60.0
-) -> dist.ProcessGroup:
+    store: Store, rank: int, world_size: int, *, address: str, timeout_s: float = 60.0
+) -> ProcessGroup:
     """A gloo group whose ranks listen at `address` (an IP or name of this host) only.
 
     Raises:
@@ -68,8 +73,8 @@ def gloo_group(
 
 
 def nccl_group(
-    store: dist.Store, rank: int, world_size: int, *, timeout_s: float = 60.0
-) -> dist.ProcessGroup:
+    store: Store, rank: int, world_size: int, *, timeout_s: float = 60.0
+) -> ProcessGroup:
     """An NCCL group; tensors lie on this rank's current CUDA device. Not run yet."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
@@ -85,9 +90,7 @@ class TorchDistMailroom:
         coalesce: post all messages of an exchange as one operation, as NCCL needs.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, traffic: Traffic, *, coalesce: bool = False
-    ) -> None:
+    def __init__(self, group: ProcessGroup, traffic: Traffic, *, coalesce: bool = False) -> None:
         self._group = group
         self._coalesce = coalesce
         self.rank = int(group.rank())
@@ -111,7 +114,7 @@ class TorchDistMailroom:
         self.traffic.exposed_s += time.monotonic() - began
 
     def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[Any]:
-        group: Any = self._group
+        group = self._group
         device = next(iter((*outgoing.values(), *incoming.values()))).device
         if self._coalesce:
             group._start_coalescing(device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import QueryRun
@@ -90,7 +91,7 @@ class PassQ:
         rows = len(q_THD)
         all_q = q_THD.new_empty((rows + sum(routes.counts_in), *q_THD.shape[1:]))
         all_q[:rows] = q_THD
-        recv = list(all_q[rows:].split(routes.counts_in))
+        recv = list(torch.split(all_q[rows:], routes.counts_in))
         step.communicate([q_THD[out] for out in routes.rows_out], recv)
         return all_q
 
@@ -100,8 +101,8 @@ class PassQ:
         """Send guests' partials home, and merge what comes home into this rank's own."""
         rows, heads, dim = q_THD.shape
         sizes = [rows, *routes.counts_in]
-        own_o, *guest_o = o_THD.split(sizes)
-        own_lse, *guest_lse = lse_TH.split(sizes)
+        own_o, *guest_o = torch.split(o_THD, sizes)
+        own_lse, *guest_lse = torch.split(lse_TH, sizes)
         send = [pack(o, lse, q_THD.dtype) for o, lse in zip(guest_o, guest_lse, strict=True)]
         recv = [
             send[0].new_empty(packed_bytes(len(out), heads, dim, q_THD.dtype))

@@ -104,13 +104,13 @@ class Ulysses:
         begin, end = split[self._step.me].q
         send = [q_THD[:, share.q[0] : share.q[1]].contiguous() for share in split]
         q_all = q_THD.new_empty(sum(self._counts), end - begin, q_THD.shape[2])
-        self._step.communicate(send, list(q_all.split(self._counts)))
+        self._step.communicate(send, list(torch.split(q_all, self._counts)))
         return q_all
 
     def _to_tokens(self, o_all: Tensor, split: list[HeadShare]) -> Tensor:
         rows, dim = self._counts[self._step.me], o_all.shape[2]
         recv = [o_all.new_empty(rows, share.q[1] - share.q[0], dim) for share in split]
-        self._step.communicate(list(o_all.split(self._counts)), recv)
+        self._step.communicate(list(torch.split(o_all, self._counts)), recv)
         return torch.cat(recv, dim=1)
 
     def _crossing(self, member: int) -> Runs:
