@@ -3,8 +3,9 @@
 #   make serve                        the embedded model on two CPU ranks at 127.0.0.1:30000
 #   make serve ARGS="--model-path DIR --sp-size 2"
 #   make test                         all that CI runs;  PYTEST_ARGS="test/unit -k radix" for a part
-#   make TORCH="torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu" serve
-#                                     another build of torch (PyPI's default brings CUDA libraries)
+#   make TORCH="torch==2.13.0 --index-url URL" serve
+#                                     another build of torch: the default one brings gigabytes of CUDA
+#                                     libraries; PyTorch's install page names the index of CPU builds
 #   make KERNEL=no test               without the C++ kernels (reference operators in torch)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
