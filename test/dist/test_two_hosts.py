@@ -1,0 +1,105 @@
+"""One engine on two hosts that share nothing but a wire: same tokens, and they die together."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmark.make_model import make_model
+from sps_runtime.engine import Engine
+from test.kit.hosts import ADDRESSES, TwoHosts, available
+
+PROMPTS = (1, 63, 64, 65, 300)
+NEW_TOKENS = 24
+
+_ASK = """
+import json, sys, time, urllib.request
+body = json.loads({body!r})
+for _ in range(600):
+    try:
+        urllib.request.urlopen("http://127.0.0.1:30000/health", timeout=5).read()
+        break
+    except OSError:
+        time.sleep(0.1)
+request = urllib.request.Request("http://127.0.0.1:30000/generate", json.dumps(body).encode(),
+                                 {{"Content-Type": "application/json"}})
+print(urllib.request.urlopen(request, timeout=100).read().decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_model("tiny-qwen3", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(7)
+    return [[rng.randrange(5, 250) for _ in range(length)] for length in PROMPTS]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    why_not = available()
+    if why_not:
+        if os.environ.get("CI"):
+            pytest.fail(why_not)
+        pytest.skip(why_not)
+    with TwoHosts(tmp_path) as two:
+        yield two
+
+
+def serve(hosts: TwoHosts, model: Path, *flags: str) -> list[subprocess.Popen[bytes]]:
+    """Start node 0 and node 1 of one engine with two SP ranks."""
+    key = {"SPS_DIST_KEY": secrets.token_hex(32)}
+    common = [sys.executable, "-m", "sps_runtime.launch_server", "--model-path", str(model)]
+    common += ["--dtype", "float32", "--sp-size", "2", "--nnodes", "2", "--threads-per-rank", "1"]
+    common += ["--dist-init-addr", f"{ADDRESSES[0]}:29500", "--max-total-tokens", "4096", *flags]
+    return [
+        hosts.start(node, *common, "--node-rank", str(node), environment=key) for node in (0, 1)
+    ]
+
+
+def ask(hosts: TwoHosts, body: dict[str, object]) -> list[dict[str, object]]:
+    answer = json.loads(hosts.run_python(0, _ASK.format(body=json.dumps(body)), timeout=110))
+    return list(answer)
+
+
+def sampling(new_tokens: int) -> dict[str, object]:
+    return {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("strategy", ["pass-kv", "pass-q", "ulysses"])
+def test_same_tokens_as_one_rank(
+    hosts: TwoHosts, model: Path, prompts: list[list[int]], strategy: str
+) -> None:
+    serve(hosts, model, "--sp-strategy", strategy)
+    body = {"input_ids": prompts, "sampling_params": sampling(NEW_TOKENS)}
+    got = [answer["output_ids"] for answer in ask(hosts, body)]
+    with Engine(str(model), dtype="float32", max_total_tokens=4096) as engine:
+        want = engine.generate(input_ids=prompts, sampling_params=sampling(NEW_TOKENS))
+    assert got == [answer["output_ids"] for answer in want]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_hosts_die_together(
+    hosts: TwoHosts, model: Path, prompts: list[list[int]], victim: int
+) -> None:
+    nodes = serve(hosts, model)
+    ask(hosts, {"input_ids": prompts[:1], "sampling_params": sampling(4)})
+    os.killpg(nodes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert nodes[1 - victim].wait(10) != 0
+    assert time.monotonic() - began < 5
