@@ -16,6 +16,7 @@ from test.dist.rank_program import check_collectives, check_exchanges
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.fences import SharedLayerFence, ThreadFences
 from sps_runtime.distributed.regions import create_region, fence_bytes, link_bytes, map_region
+from sps_runtime.distributed.routed import RoutedMailroom
 from sps_runtime.distributed.shared_memory import SharedMemoryMailroom
 from sps_runtime.distributed.threads import ThreadWorld
 
@@ -155,3 +156,11 @@ def map_region_of(nbytes: int):
         return map_region(descriptor, nbytes)
     finally:
         os.close(descriptor)
+
+
+def test_groups_take_the_network_only_across_hosts() -> None:
+    local, remote = ThreadWorld(4).mailroom(2), ThreadWorld(4).mailroom(2)
+    mailroom = RoutedMailroom(local, remote, hosts=(0, 0, 1, 1))
+    assert mailroom.group((2, 3)) is local.group((2, 3))
+    assert mailroom.group((2,)) is local.group((2,))
+    assert mailroom.group((0, 2, 3)) is remote.group((0, 2, 3))

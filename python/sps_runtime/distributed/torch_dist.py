@@ -147,24 +147,3 @@ class TorchDistCommunicator:
             for member, tensor in enumerate(tensors)
             if member != self.rank and tensor.numel()
         }
-
-
-class RoutedMailroom:
-    """Groups on one host through its shared memory, groups across hosts through the network.
-
-    Args:
-        local: of this host; knows global ranks of this host.
-        remote: of the whole world.
-        hosts: host of each global rank.
-    """
-
-    def __init__(self, local: Any, remote: TorchDistMailroom, hosts: Sequence[int]) -> None:
-        self._local = local
-        self._remote = remote
-        self._hosts = hosts
-
-    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        one_host = len({self._hosts[rank] for rank in global_ranks}) == 1
-        mailroom = self._local if one_host else self._remote
-        found: Communicator = mailroom.group(global_ranks)
-        return found
