@@ -11,9 +11,9 @@ Run = Callable[[Sequence[str]], int]
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from sps_runtime.launch_server import main as serve
+    from sps_runtime.launch.serve import main as serve
 
-    return serve(arguments)
+    return serve(arguments, "sps serve")
 
 
 def _doctor(arguments: Sequence[str]) -> int:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
@@ -73,3 +73,38 @@ class EngineOptions:
             raise ConfigError("watchdog_timeout must be positive")
         if not self.echo_delay_s >= 0:
             raise ConfigError("echo_delay must not be negative")
+
+
+_PARALLEL_NAMES = {
+    "sp_size": "sp_size",
+    "tp_size": "tp_size",
+    "sp_arch": "arch",
+    "sp_strategy": "strategy",
+}
+
+
+def make_options(settings: dict[str, Any]) -> EngineOptions:
+    """Options from flat names: those of `EngineOptions` and `SchedulerConfig`, ``sp_size``,
+    ``tp_size``, ``sp_arch`` and ``sp_strategy`` (``pass-kv`` or ``pass_kv``).
+
+    Raises:
+        ConfigError: for a name that does not exist, or a value that cannot be.
+    """
+    own = {entry.name for entry in fields(EngineOptions)} - {"parallel", "scheduler"}
+    scheduler = {entry.name for entry in fields(SchedulerConfig)}
+    parts: dict[str, dict[str, Any]] = {"own": {}, "parallel": {}, "scheduler": {}}
+    for name, value in settings.items():
+        if name in own:
+            parts["own"][name] = value
+        elif name in _PARALLEL_NAMES:
+            value = value.replace("-", "_") if isinstance(value, str) else value
+            parts["parallel"][_PARALLEL_NAMES[name]] = value
+        elif name in scheduler:
+            parts["scheduler"][name] = value
+        else:
+            raise ConfigError(f"there is no setting {name!r}")
+    return EngineOptions(
+        **parts["own"],
+        parallel=ParallelConfig(**parts["parallel"]),
+        scheduler=SchedulerConfig(**parts["scheduler"]),
+    )

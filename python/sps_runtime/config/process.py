@@ -63,7 +63,6 @@ class SchedulerProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: EngineConfig
     endpoints: Endpoints
-    run_dir: str
     log: LogConfig = LogConfig()
 
 

@@ -16,19 +16,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 
+from sps_runtime.ipc.run_dir import remove_run_dir
 from sps_runtime.types.errors import ConfigError
 
 C = TypeVar("C")
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+
+DRAIN_SIGNAL = signal.SIGUSR2
+"""How a parent tells a child to finish what it has and end. Not SIGTERM: a service manager sends
+that to every process of the group, and one wish must not arrive twice."""
 
 
 class ChildReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -99,6 +105,7 @@ def spawn(
     name: str,
     fds: Mapping[str, int] | None = None,
     cores: Sequence[int] = (),
+    removes: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Child:
     """Start ``python -m module``.
@@ -108,6 +115,8 @@ def spawn(
         name: for logs and the process list.
         fds: further descriptors, inherited under these names (they stay open here).
         cores: logical CPUs that the child binds itself to before it imports anything heavy.
+        removes: run directory that the child removes when it sees that this process has died; such
+            a child gets no death signal, it sees EOF.
         environment: all of the child's variables; this process's unless told.
 
     The death signal fires when the *thread* that forked ends, so it is asked for only when this is
@@ -124,7 +133,8 @@ def spawn(
     boot = _Boot(
         name=name,
         parent=os.getpid(),
-        death_signal=in_main,
+        death_signal=in_main and removes is None,
+        removes=str(removes or ""),
         cores=tuple(cores),
         fds=named,
     )
@@ -155,6 +165,7 @@ class _Boot(msgspec.Struct, frozen=True):
     name: str
     parent: int
     death_signal: bool
+    removes: str
     cores: tuple[int, ...]
     fds: dict[str, int]
 
@@ -174,7 +185,6 @@ class ChildContext(Generic[C]):
         own = ("config", "alive", "status")
         self.fds = {name: fd for name, fd in boot.fds.items() if name not in own}
         self._status_fd = boot.fds["status"]
-        self._farewell: Callable[[], None] | None = None
 
     def ready(self, detail: str = "") -> None:
         """Tell the parent that this process can do its work."""
@@ -184,53 +194,45 @@ class ChildContext(Generic[C]):
         """Tell the parent why this process is about to end."""
         self._report(ChildFailed(" ".join(message.split())))
 
-    def on_parent_death(self, farewell: Callable[[], None]) -> None:
-        """Call `farewell`, in a thread, before this process ends because its parent did.
-
-        Only where `child_context` was told ``survive_to_clean_up``; else the kernel's signal is
-        faster.
-        """
-        self._farewell = farewell
-
     def _report(self, status: ChildStatus) -> None:
         try:
             os.write(self._status_fd, msgspec.json.encode(status) + b"\n")
         except OSError:
             logger.debug("the parent does not listen any more")
 
-    def _watch_parent(self, alive_fd: int) -> None:
-        try:
-            while os.read(alive_fd, 1):
-                pass
-            if self._farewell is not None:
-                self._farewell()
-        finally:
-            os._exit(1)
+
+def _orphaned(boot: _Boot) -> NoReturn:
+    """The parent is dead: leave nothing behind, and end."""
+    if boot.removes:
+        remove_run_dir(Path(boot.removes))
+    os._exit(1)
+
+
+def _watch_parent(boot: _Boot) -> None:
+    """Return never: the pipe says nothing until the parent is dead."""
+    while os.read(boot.fds["alive"], 1):
+        pass
+    _orphaned(boot)
 
 
 @contextmanager
-def child_context(
-    config_type: type[C], *, survive_to_clean_up: bool = False, argv: Sequence[str] | None = None
-) -> Iterator[ChildContext[C]]:
+def child_context(config_type: type[C]) -> Iterator[ChildContext[C]]:
     """Take over what `spawn` sent. Call it first, in the main thread.
 
-    SIGUSR1 prints the stacks of all threads. SIGINT is ignored: Ctrl-C reaches the whole foreground
+    SIGUSR1 prints the stacks of all threads. SIGINT and SIGTERM are ignored: they reach the whole
     group, and the parent decides. Any exception is reported to the parent as one line and ends the
     process with status 1.
-
-    Args:
-        survive_to_clean_up: do not ask for SIGKILL at the parent's death; the process sees EOF, and
-            has `on_parent_death` called.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:]
     if len(arguments) != 1:
         raise SystemExit("this module is started by the launcher; run sps_runtime.launch_server")
     boot = msgspec.json.decode(arguments[0], type=_Boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if boot.death_signal and not survive_to_clean_up:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if boot.death_signal:
         _set_death_signal(signal.SIGKILL)
     if os.getppid() != boot.parent:
-        os._exit(1)
+        _orphaned(boot)
     if boot.cores:
         os.sched_setaffinity(0, boot.cores)
     for descriptor in boot.fds.values():
@@ -239,9 +241,7 @@ def child_context(
     with open(boot.fds["config"], "rb") as file:
         raw = file.read()
     child = ChildContext(boot, msgspec.json.decode(raw, type=config_type))
-    threading.Thread(
-        target=child._watch_parent, args=(boot.fds["alive"],), name="parent-watch", daemon=True
-    ).start()
+    threading.Thread(target=_watch_parent, args=(boot,), name="parent-watch", daemon=True).start()
     try:
         yield child
     except ConfigError as error:

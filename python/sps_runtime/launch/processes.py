@@ -72,11 +72,16 @@ class EngineProcesses:
         settings = SchedulerProcessConfig(
             engine=self.config,
             endpoints=self.endpoints,
-            run_dir=str(self.run_dir.path),
             log=self.log,
         )
-        fds = {"heartbeat": self._heartbeat_fd}
-        self.children.append(spawn(SCHEDULER_MODULE, settings, name="scheduler", fds=fds))
+        child = spawn(
+            SCHEDULER_MODULE,
+            settings,
+            name="scheduler",
+            fds={"heartbeat": self._heartbeat_fd},
+            removes=self.run_dir.path,
+        )
+        self.children.append(child)
 
     def _start_rank(self, index: int, rank: int) -> None:
         settings = RankConfig(

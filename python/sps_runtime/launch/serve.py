@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 
+from sps_runtime.config.flags import parse
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.config.process import LogConfig
 from sps_runtime.config.server import ServerConfig
@@ -15,6 +18,23 @@ from sps_runtime.launch.watch import Watch
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Parse a command line and serve; the exit status, 2 for what cannot be."""
+    try:
+        command = parse(arguments, program)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    setup_logging(command.engine.log_level, command.engine.log_format, "supervisor")
+    if command.ignored:
+        logger.warning("without effect here: %s", ", ".join(command.ignored))
+    return serve(
+        command.engine, command.server, allow_unauthenticated=command.allow_unauthenticated
+    )
+
 
 def serve(
     options: EngineOptions, server: ServerConfig, *, allow_unauthenticated: bool = False
@@ -25,7 +45,6 @@ def serve(
     starts.
     """
     log = LogConfig(options.log_level, options.log_format)
-    setup_logging(log.level, log.format, "supervisor")
     watch = Watch()
     with watch.signals(*STOP_SIGNALS):
         try:

@@ -16,7 +16,7 @@ import time
 from sps_runtime.config.process import FrontendConfig
 from sps_runtime.config.server import ServerConfig
 from sps_runtime.ipc.links import Sender, new_context
-from sps_runtime.ipc.process import Child, ChildFailed, ChildReady, spawn
+from sps_runtime.ipc.process import DRAIN_SIGNAL, Child, ChildFailed, ChildReady, spawn
 from sps_runtime.launch.processes import EngineProcesses, kill_all
 from sps_runtime.launch.watch import Died, Event, Said, Signalled, Watch
 from sps_runtime.types.messages import EngineFailed, StopEngine, ToFrontend, ToScheduler
@@ -95,7 +95,8 @@ class Supervisor:
             log=engine.log,
         )
         fds = {"http": self._listener.fileno()}
-        self._http = spawn(HTTP_MODULE, settings, name="http", fds=fds)
+        run_dir = engine.run_dir.path
+        self._http = spawn(HTTP_MODULE, settings, name="http", fds=fds, removes=run_dir)
         for child in self._children():
             self._watch.add(child)
             self._unready.add(child)
@@ -139,7 +140,7 @@ class Supervisor:
         logger.info("%s: draining; once more to end at once", signal.Signals(number).name)
         self._phase = Phase.DRAINING
         self._drain_deadline = time.monotonic() + self._server.drain_timeout_s + GOODBYE_S
-        self._http.kill(signal.SIGTERM)
+        self._http.kill(DRAIN_SIGNAL)
         return None
 
     def _say_goodbye(self) -> int:
@@ -167,7 +168,7 @@ class Supervisor:
         sender: Sender[ToFrontend] = Sender(context, self._engine.endpoints.frontend)
         sender.send(EngineFailed(reason))
         self._engine.kill()
-        http.kill(signal.SIGTERM)
+        http.kill(DRAIN_SIGNAL)
         self._watch.wait_for_deaths([http], ANSWER_S)
         sender.close()
         context.term()

@@ -65,37 +65,45 @@ class Links:
 
 
 class Watchdog:
-    """Notices when plans are under way and nothing comes back.
+    """Notices when a rank has plans and does not answer, whatever the others do.
 
     Args:
+        ranks: global ranks there are.
         timeout_s: how long a rank may take for one step.
     """
 
-    def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, ranks: int, timeout_s: float, clock: Callable[[], float]) -> None:
         self._timeout_s = timeout_s
         self._clock = clock
-        self._waiting = 0
-        self._progress = clock()
+        self._owed = [0] * ranks
+        self._since = [clock()] * ranks
 
-    def sent(self, answers: int) -> None:
-        """A plan left; so many answers are expected."""
-        if not self._waiting:
-            self._progress = self._clock()
-        self._waiting += answers
+    def sent(self, rank: int) -> None:
+        """A plan left for a rank."""
+        if not self._owed[rank]:
+            self._since[rank] = self._clock()
+        self._owed[rank] += 1
 
-    def answered(self) -> None:
-        self._waiting -= 1
-        self._progress = self._clock()
+    def answered(self, rank: int) -> None:
+        """A rank answered one plan."""
+        self._owed[rank] -= 1
+        self._since[rank] = self._clock()
 
-    def silent_s(self) -> float:
-        """Seconds since a rank answered, 0 when none owes an answer."""
-        return self._clock() - self._progress if self._waiting else 0.0
+    def slowest(self) -> tuple[float, int]:
+        """(seconds, rank): who has let an answer wait longest; 0 seconds when nobody owes one."""
+        now = self._clock()
+        ages = [
+            now - since if owed else 0.0
+            for owed, since in zip(self._owed, self._since, strict=True)
+        ]
+        age = max(ages)
+        return age, ages.index(age)
 
     def check(self) -> None:
-        """Raise `EngineDead` when nothing came for too long."""
-        silent_s = self.silent_s()
-        if silent_s > self._timeout_s:
-            raise EngineDead(f"no rank has answered for {silent_s:.1f} s")
+        """Raise `EngineDead` when a rank has been silent for too long."""
+        age, rank = self.slowest()
+        if age > self._timeout_s:
+            raise EngineDead(f"rank {rank} has not answered for {age:.1f} s")
 
 
 class SchedulerLoop:
@@ -157,8 +165,8 @@ class SchedulerLoop:
         if isinstance(message, RankReady):
             logger.warning("rank %d says twice that it is ready", message.rank)
             return
-        self._watchdog.answered()
         self._news += self._core.on_result(message)
+        self._watchdog.answered(message.rank)
 
     def _take_request(self, message: ToScheduler) -> None:
         match message:
@@ -191,7 +199,7 @@ class SchedulerLoop:
         ranks = [first + peer for first in first_ranks for peer in range(self._tp_size)]
         for rank in ranks:
             self._links.ranks[rank].send_encoded(frame)
-        self._watchdog.sent(len(ranks))
+            self._watchdog.sent(rank)
 
     def _send_news(self) -> None:
         if self._news:
@@ -201,7 +209,7 @@ class SchedulerLoop:
             self._links.frontend.send(progress)
 
     def _send_state(self, call: int) -> None:
-        age = self._watchdog.silent_s()
+        age, _ = self._watchdog.slowest()
         state = msgspec.structs.replace(self._core.state(), call=call, step_age_s=age)
         self._links.frontend.send(state)
         self._next_state = self._clock() + STATE_EVERY_S

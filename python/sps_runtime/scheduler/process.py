@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig, load_model_config
@@ -15,7 +14,6 @@ from sps_runtime.costmodel.strategy import ModelShape
 from sps_runtime.ipc.heartbeat import Heartbeat
 from sps_runtime.ipc.links import Receiver, Sender, new_context
 from sps_runtime.ipc.process import ChildContext, child_context
-from sps_runtime.ipc.run_dir import remove_run_dir
 from sps_runtime.scheduler.loop import Links, SchedulerLoop, Watchdog
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
 from sps_runtime.telemetry.logs import setup_logging
@@ -36,10 +34,9 @@ _ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def main() -> None:
-    with child_context(SchedulerProcessConfig, survive_to_clean_up=True) as child:
+    with child_context(SchedulerProcessConfig) as child:
         config = child.config
         setup_logging(config.log.level, config.log.format, child.name)
-        child.on_parent_death(lambda: remove_run_dir(Path(config.run_dir)))
         run(child)
 
 
@@ -53,7 +50,11 @@ def run(child: ChildContext[SchedulerProcessConfig]) -> None:
             make_scheduler(config.engine, load_model_config(config.engine.model_path), ready),
             links,
             tp_size=config.engine.parallel.tp_size,
-            watchdog=Watchdog(config.engine.watchdog_timeout_s, time.monotonic),
+            watchdog=Watchdog(
+                config.engine.parallel.world_size,
+                config.engine.watchdog_timeout_s,
+                time.monotonic,
+            ),
             heartbeat=Heartbeat(child.fds["heartbeat"]),
         )
         cache = config.engine.cache

@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from sps_runtime.frontend.tokenizer_manager import TokenizerManager
+from sps_runtime.ipc.process import DRAIN_SIGNAL
 from sps_runtime.server.http_protocol import BoundedHttpProtocol
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ ANSWER_S = 1.0
 class HttpServer(uvicorn.Server):
     """Serves until told to stop.
 
-    The first SIGTERM drains: new requests get 503, running ones finish. The second, or the drain's
-    timeout, ends everything. When the engine fails, everyone is answered and the server ends.
+    The first `DRAIN_SIGNAL` drains: new requests get 503, running ones finish. The second, or the
+    drain's timeout, ends everything. When the engine fails, everyone is answered and the server
+    ends.
 
     Args:
         app: the application.
@@ -61,15 +63,15 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGTERM only: Ctrl-C reaches the whole group, and the parent decides about it."""
+        """Take the parent's signal only: others reach the whole group, and the parent decides."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self.handle_exit)
+        before = signal.signal(DRAIN_SIGNAL, self.handle_exit)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(DRAIN_SIGNAL, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A stop signal came; called in the main thread between bytecodes."""
