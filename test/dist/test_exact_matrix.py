@@ -10,10 +10,10 @@ from itertools import product
 import pytest
 import torch
 
-from dist.helpers.exact_models import KINDS, exact_model
-from dist.helpers.exactness import TIGHT_PAGES, check, requests_of_a_cell, truth
-from dist.helpers.planner import Planner, Shape
-from dist.helpers.thread_engine import ThreadEngine, drive
+from test.dist.helpers.exact_models import KINDS, exact_model
+from test.dist.helpers.exactness import TIGHT_PAGES, check, requests_of_a_cell, truth
+from test.dist.helpers.planner import Planner, Shape
+from test.dist.helpers.thread_engine import ThreadEngine, drive
 
 DEALINGS = ("zigzag", "contiguous", "random")
 MODELS = ("llama", "qwen3", "window")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test.numerics.helpers.one_rank import logits_of
+from test.numerics.helpers.tiny_models import make_reference, prompt, save
 
-from numerics.helpers.one_rank import logits_of
-from numerics.helpers.tiny_models import make_reference, prompt, save
 from sps_runtime.config.model import ARCHITECTURES, load_model_config
 from sps_runtime.models.arena import HEADER_BYTES, open_shared_arena
 from sps_runtime.models.layout import plan_layout

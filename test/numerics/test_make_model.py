@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark.make_model import SHAPES, make_model
+from test.numerics.helpers.one_rank import logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from numerics.helpers.one_rank import logits_of
 from sps_runtime.config.model import load_model_config, parse_model_config
 from sps_runtime.models.loader import LoadSpec, load_model
 

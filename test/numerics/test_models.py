@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test.numerics.helpers.one_rank import PlainPlacement, logits_of, tp_logits_of
+from test.numerics.helpers.tiny_models import CASES, make_reference, prompt, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numerics.helpers.one_rank import PlainPlacement, logits_of, tp_logits_of
-from numerics.helpers.tiny_models import CASES, make_reference, prompt, save
 from sps_runtime.config.model import ModelConfig, load_model_config
 from sps_runtime.models.loader import LoadSpec, build_model, load_model, load_weights
 

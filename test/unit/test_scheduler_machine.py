@@ -7,8 +7,8 @@ import random
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test.kit.echo_server import AnyDegree, EchoServer
 
-from kit.echo_server import AnyDegree, EchoServer
 from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.types.sampling import LogprobParams
 

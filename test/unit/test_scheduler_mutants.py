@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+from test.kit.echo_server import EchoServer
 
-from kit.echo_server import EchoServer
 from sps_runtime.kvcache.fence import Fence
 from sps_runtime.kvcache.page_allocator import PageAllocator, PageState
 from sps_runtime.kvcache.placement import zigzag

@@ -8,9 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dist.helpers.exact_models import exact_model, prompt
-from dist.helpers.planner import Planner, Request, Shape
-from dist.helpers.thread_engine import Run, ThreadEngine, drive
+from test.dist.helpers.exact_models import exact_model, prompt
+from test.dist.helpers.planner import Planner, Request, Shape
+from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
 from sps_runtime.types.sampling import SamplingParams
 
 NEW_TOKENS = 64

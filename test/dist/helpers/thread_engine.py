@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from dist.helpers.planner import Planner, Request, Shape
+from test.dist.helpers.planner import Planner, Request, Shape
 from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.config.model import ModelConfig
