@@ -260,7 +260,7 @@ class EchoRank:
 
     def _owns(self, sequence: SequencePlan, position: int) -> bool:
         page = int(self._pages(sequence)[position // self._page_size])
-        return page // self._pages_per_rank == self._sp_rank
+        return bool(page // self._pages_per_rank == self._sp_rank)
 
     def _owns_last(self, sequence: SequencePlan) -> bool:
         return self._owns(sequence, sequence.start + sequence.count - 1)

@@ -10,6 +10,9 @@ from sps_runtime.scheduler.queue import WaitingQueue
 from sps_runtime.scheduler.runs import Runs
 from sps_runtime.scheduler.sequence import Run, Sequence
 
+MOST_SKIPPED = 16
+"""Requests passed over in one turn because their prefix is under way; more would cost time."""
+
 
 class Admission:
     """Starts runs while prompts are wanted and their pages can be promised.
@@ -22,25 +25,30 @@ class Admission:
         self._view = view
         self._queue = queue
         self._runs = runs
-        self._refused = (-1, 0)
+        self._refused: tuple[Sequence, int] | None = None
 
     def admit(self) -> list[Run]:
         """Start the runs that can start now; return them."""
         admitted: list[Run] = []
-        if not self._queue or self._runs.full or not self._wanted():
+        if not self._queue or not self._may_start() or self._still_refused():
             return admitted
+        skipped = 0
         for sequence in self._queue.ordered(self._matched):
-            if len(self._runs) >= self._view.config.max_running_requests or self._runs.full:
-                break
-            if not self._wanted():
+            if skipped > MOST_SKIPPED or not self._may_start():
                 break
             if self._prefix_under_way(sequence):
+                skipped += 1
                 continue
             if not self._fits(sequence):
                 break
             self._queue.take(sequence)
             admitted.append(self._runs.start(sequence))
         return admitted
+
+    def _may_start(self) -> bool:
+        runs = self._runs
+        room = len(runs) < self._view.config.max_running_requests and not runs.full
+        return room and self._wanted()
 
     def _wanted(self) -> bool:
         """Whether the next prefill steps have tokens to spare beside the prompts running."""
@@ -80,14 +88,27 @@ class Admission:
         Alone, everything that was accepted fits. Of the pages that the request finds in the cache
         those that others hold cost nothing; the others stop being evictable.
         """
-        view, size = self._view, self._view.cache_config.page_size
-        if not self._runs.live and not self._runs.draining:
+        if self._alone:
             return True
+        view, spare = self._view, self._spare()
+        size, factor = view.cache_config.page_size, view.config.conservativeness
+        fits = reserved_pages(sequence, size, factor) - self._match(sequence).held <= spare
+        self._refused = None if fits else (sequence, spare)
+        return fits
+
+    def _still_refused(self) -> bool:
+        """Whether the request refused last waits on, with no more pages than then."""
+        if self._refused is None or self._alone or self._refused[0] not in self._queue:
+            return False
+        return self._spare() <= self._refused[1]
+
+    @property
+    def _alone(self) -> bool:
+        return not self._runs.live and not self._runs.draining
+
+    def _spare(self) -> int:
+        """Pages that are free, evictable or about to be free, less those promised to runs."""
+        view, size = self._view, self._view.cache_config.page_size
         factor = view.config.conservativeness
         promised = sum(promised_pages(run, size, factor) for run in self._runs.live.values())
-        spare = sum(view.cache.room()) + view.cache.quarantined() - promised
-        if self._refused[0] == sequence.arrival and spare <= self._refused[1]:
-            return False
-        fits = reserved_pages(sequence, size, factor) - self._match(sequence).held <= spare
-        self._refused = (-1, 0) if fits else (sequence.arrival, spare)
-        return fits
+        return sum(view.cache.room()) + view.cache.quarantined() - promised

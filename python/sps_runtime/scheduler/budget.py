@@ -6,6 +6,10 @@ import math
 
 from sps_runtime.scheduler.sequence import Run, Sequence
 
+CLIP_NEW_TOKENS = 4096
+"""Admission reserves for no more new tokens than this: clients ask for all the context has room for
+and stop long before (SGLang's rule). Retraction serves those who do not."""
+
 
 def pages_for(tokens: int, page_size: int) -> int:
     """Pages that hold `tokens` tokens."""
@@ -22,8 +26,11 @@ def reserved_pages(sequence: Sequence, page_size: int, conservativeness: float) 
 
     A request that was retracted before reserves everything, so that it is retracted only once.
     """
-    part = 1.0 if sequence.retractions else min(1.0, max(0.0, conservativeness))
     to_come = max(0, sequence.max_new - sequence.generated - 1)
+    part = 1.0
+    if not sequence.retractions:
+        part = min(1.0, max(0.0, conservativeness))
+        to_come = min(to_come, CLIP_NEW_TOKENS)
     return pages_for(len(sequence.tokens) + math.ceil(part * to_come), page_size)
 
 

@@ -27,6 +27,10 @@ class WaitingQueue:
         self._order = order
         self._bound = bound
         self._waiting: list[Sequence] = []
+        self._arrivals: set[int] = set()
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.arrival in self._arrivals
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -40,10 +44,12 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Put a sequence at its place by arrival."""
+        self._arrivals.add(sequence.arrival)
         insort(self._waiting, sequence, key=lambda waiting: waiting.arrival)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out. Raises ValueError when it does not wait."""
+        """Take a sequence out. Raises KeyError when it does not wait."""
+        self._arrivals.remove(sequence.arrival)
         self._waiting.remove(sequence)
 
     def ordered(self, matched: Callable[[Sequence], int]) -> list[Sequence]:
@@ -57,7 +63,7 @@ class WaitingQueue:
 
     def take(self, sequence: Sequence) -> None:
         """Remove an admitted sequence; those before it were overtaken."""
-        self._waiting.remove(sequence)
+        self.remove(sequence)
         for waiting in self._waiting:
             if waiting.arrival > sequence.arrival:
                 break

@@ -1,0 +1,82 @@
+"""The cost model: published byte counts, a fit that recovers what made its samples, choices."""
+
+from __future__ import annotations
+
+import pytest
+
+from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.costmodel.prefill import PrefillCost, fit
+from sps_runtime.costmodel.strategy import AttentionWork, ModelShape, cheapest, sent_bytes
+from sps_runtime.types.messages import LinkCost
+
+LLAMA_8B = ModelShape(
+    layers=32, hidden=4096, q_heads=32, kv_heads=8, head_dim=128, linear_params=7_000_000_000
+)
+PROMPT = AttentionWork(8, ((131_072, 0),), 1 / 8)
+LINK = LinkCost(latency_s=1e-5, bytes_per_s=1e10)
+
+
+def test_bytes_are_those_of_the_design() -> None:
+    """Llama-8B, 128k tokens, 8 ranks: per layer and rank, in MB."""
+    assert sent_bytes("pass_kv", LLAMA_8B, PROMPT) / 1e6 == pytest.approx(470, abs=1)
+    assert sent_bytes("pass_q", LLAMA_8B, PROMPT) / 1e6 == pytest.approx(1894, abs=15)
+    assert sent_bytes("ulysses", LLAMA_8B, PROMPT) / 1e6 == pytest.approx(294, abs=1)
+
+
+def test_few_new_tokens_beside_a_long_cache_send_queries() -> None:
+    cached = AttentionWork(8, ((64, 131_072),), 1 / 8)
+    assert cheapest(LLAMA_8B, cached, LINK, 1e14) == "pass_q"
+
+
+def test_a_long_fresh_prompt_does_not() -> None:
+    assert cheapest(LLAMA_8B, PROMPT, LINK, 1e14) == "ulysses"
+    assert cheapest(LLAMA_8B, PROMPT, LinkCost(1e-5, 1e10, zero_copy=True), 1e14) == "pass_kv"
+
+
+def test_kv_on_one_rank_makes_queries_wait() -> None:
+    slow = LinkCost(latency_s=0.0, bytes_per_s=1e12)
+    even = AttentionWork(2, ((512, 65_536),), 0.5)
+    skewed = AttentionWork(2, ((512, 65_536),), 1.0)
+    assert cheapest(LLAMA_8B, even, slow, 1e12) == "pass_q"
+    assert cheapest(LLAMA_8B, skewed, slow, 1e12) != "pass_q"
+
+
+def test_a_fit_recovers_its_coefficients() -> None:
+    true = PrefillCost(2e-3, 3e-6, 4e-10)
+    works = [((n, c),) for n in (64, 512, 4096, 16_384) for c in (0, 8192)]
+    found = fit([(work, true.seconds(work)) for work in works])
+    assert (found.a, found.b, found.c) == pytest.approx((true.a, true.b, true.c), rel=1e-6)
+
+
+def test_a_fit_has_no_negative_costs() -> None:
+    samples = [(((n, 0),), 1e-6 * n - 1e-5) for n in (64, 128, 512, 1024)]
+    found = fit(samples)
+    assert min(found.a, found.b, found.c) >= 0
+    assert found.seconds(((256, 0),)) == pytest.approx(2.5e-4, rel=0.2)
+
+
+def test_a_fit_refuses_what_tells_nothing() -> None:
+    with pytest.raises(ValueError):
+        fit([(((64, 0),), 1.0)] * 5)
+    with pytest.raises(ValueError):
+        fit([])
+
+
+def test_long_prompts_gain_from_ranks_and_short_ones_do_not() -> None:
+    costs = StepCosts(LLAMA_8B, LinkCost(2e-4, 1e11, zero_copy=True), 1e14)
+    assert costs.prefill_seconds(8, [(65_536, 0)]) < costs.prefill_seconds(1, [(65_536, 0)]) / 4
+    assert costs.prefill_seconds(8, [(16, 0)]) > costs.prefill_seconds(1, [(16, 0)])
+
+
+def test_measured_coefficients_go_before_computed_ones() -> None:
+    costs = StepCosts(LLAMA_8B, prefill={2: PrefillCost(1.0, 0.0, 0.0)})
+    assert costs.prefill_seconds(2, [(5, 0)]) == 1.0
+    assert costs.prefill_seconds(1, [(5, 0)]) != 1.0
+
+
+def test_decode_slices_weights_when_reading_them_dominates() -> None:
+    costs = StepCosts(LLAMA_8B, LinkCost(1e-6, 1e11), 1e14)
+    assert costs.decode_placement((1, 1)) == "replicated"
+    slow_link = StepCosts(LLAMA_8B, LinkCost(1e-2, 1e11), 1e14)
+    assert slow_link.decode_placement((1, 1)) == "sharded"
+    assert costs.decode_placement((4,)) == "sharded"

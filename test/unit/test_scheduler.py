@@ -1,0 +1,420 @@
+"""What the scheduler promises, one promise a test."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from kit.echo_server import AnyDegree, EchoServer
+from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.scheduler.policies.view import View
+from sps_runtime.scheduler.scheduler import Scheduler
+from sps_runtime.types.errors import ConfigError, EngineDead
+from sps_runtime.types.plan import StepPlan, StepResult
+from sps_runtime.types.sampling import LogprobParams
+
+
+class FixedGroup(AnyDegree):
+    """Prefills each request on the ranks that its first token names: 10 + mask."""
+
+    def __init__(self) -> None: ...
+
+    def _group(self, view: View, run, load) -> int:
+        return run.sequence.tokens[0] - 10 | view.required(run)
+
+
+def grouped(**options: object) -> EchoServer:
+    server = EchoServer(**options)
+    server.scheduler._policy = FixedGroup()
+    return server
+
+
+def plans_of(server: EchoServer, phase: str) -> list[StepPlan]:
+    return [plan for plan in server.plans if plan.phase == phase]
+
+
+def test_a_lone_long_prompt_is_spread_over_all_ranks() -> None:
+    server = EchoServer(sp=4, pages=64, chunked_prefill_size=64)
+    server.add([*range(4, 44)] * 5, 3)
+    server.run()
+    assert [plan.group for plan in plans_of(server, "prefill")] == [(0, 1, 2, 3)]
+    owners = {page // 64 for page in memory_pages(server.plans[0])}
+    assert owners == {0, 1, 2, 3}
+
+
+def memory_pages(plan: StepPlan) -> list[int]:
+    return memoryview(plan.sequences[0].pages).cast("i").tolist()
+
+
+def test_short_prompts_are_packed_on_single_ranks() -> None:
+    server = EchoServer(sp=2, pages=64)
+    for first in range(8):
+        server.add([first + 4, 30, 31], 2)
+    server.run()
+    prefills = plans_of(server, "prefill")
+    assert {plan.group for plan in prefills} == {(0,), (1,)}
+    assert max(len(plan.sequences) for plan in prefills) > 1
+
+
+def test_prompts_are_chunked_by_rank_of_the_group() -> None:
+    server = grouped(sp=2, pages=64, chunked_prefill_size=8, context=10_000)
+    server.add([13, *range(4, 43)], 1)
+    server.run()
+    counts = [plan.sequences[0].count for plan in plans_of(server, "prefill")]
+    assert counts == [16, 16, 8]
+
+
+def test_whole_prompts_go_in_one_step() -> None:
+    server = EchoServer(sp=1, pages=64, chunked_prefill_size=-1, max_prefill_tokens=8)
+    server.add(range(4, 44), 1)
+    server.run()
+    assert [plan.sequences[0].count for plan in server.plans] == [40]
+
+
+def test_local_requests_decode_apart_and_a_spanning_one_joins_them() -> None:
+    server = grouped(sp=2, pages=64)
+    server.add([11, 5, 6], 30, ignore_eos=True)
+    server.add([12, 5, 6], 30, ignore_eos=True)
+    for _ in range(60):
+        server.turn()
+    apart = {plan.group for plan in plans_of(server, "decode")}
+    assert apart == {(0,), (1,)}
+    server.add([13, *range(4, 20)], 4, ignore_eos=True)
+    server.run()
+    joined = [plan for plan in plans_of(server, "decode") if plan.group == (0, 1)]
+    assert max(len(plan.sequences) for plan in joined) == 3
+    assert plans_of(server, "decode")[-1].group in ((0,), (1,)), "and they part again"
+
+
+def test_phases_alternate_on_a_rank() -> None:
+    server = EchoServer(sp=1, pages=200, chunked_prefill_size=8, context=10_000)
+    server.add([4, 5, 6], 40, ignore_eos=True)
+    for _ in range(12):
+        server.turn()
+    server.add(range(4, 44), 2)
+    del server.plans[:]
+    server.run()
+    until_done = server.plans[: server.plans.index(plans_of(server, "prefill")[-1])]
+    phases = [plan.phase for plan in until_done]
+    assert all(pair != ("prefill", "prefill") for pair in itertools.pairwise(phases))
+    assert phases.count("prefill") == 4
+
+
+def test_a_large_group_gets_its_turn_between_small_ones() -> None:
+    server = grouped(sp=2, pages=400, chunked_prefill_size=4, context=10_000)
+    for first in (11, 12, 11, 12):
+        server.add([first, *range(4, 40)], 1)
+    server.add([13, *range(4, 40)], 1)
+    server.run()
+    groups = [plan.group for plan in plans_of(server, "prefill")]
+    assert groups.index((0, 1)) < 8
+    waits = [index for index, group in enumerate(groups) if group == (0, 1)]
+    assert max(b - a for a, b in itertools.pairwise(waits)) <= 6
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_next_plan_goes_before_the_token_is_known(overlap: bool) -> None:
+    server = EchoServer(sp=1, overlap=overlap)
+    server.add([4, 5, 6], 8, ignore_eos=True)
+    server.turn(polls=0)
+    assert len(server.plans) == (2 if overlap else 1)
+    if overlap:
+        sequence = server.plans[1].sequences[0]
+        assert (sequence.board_epoch, sequence.tokens) == (1, b"")
+    server.run()
+    assert any(plan.sequences[0].board_epoch > 0 for plan in server.plans) == overlap
+
+
+def test_a_second_identical_prompt_waits_for_the_first_ones_pages() -> None:
+    server = EchoServer(sp=2, pages=64, chunked_prefill_size=4)
+    prompt = list(range(4, 45))
+    first, second = server.add(prompt, 3), server.add(prompt, 3)
+    other = server.add(list(range(44, 20, -1)), 3)
+    server.run()
+    assert server.finals[first].cached_tokens == 0
+    assert server.finals[second].cached_tokens >= 20
+    assert server.finals[other].cached_tokens == 0
+
+
+def test_generated_pages_serve_the_next_turn_of_a_conversation() -> None:
+    server = EchoServer(sp=2, pages=64)
+    first = server.add(range(4, 12), 9, ignore_eos=True)
+    while first not in server.finals or not server.scheduler.idle:
+        server.turn()
+    again = server.add([*range(4, 12), *server.tokens[first], 7], 2)
+    server.run()
+    assert server.finals[again].cached_tokens == 16
+
+
+def test_tenants_share_nothing() -> None:
+    server = EchoServer()
+    rids = []
+    for tenant in ("a", "b", "a"):
+        rids.append(server.add(range(4, 17), 2, tenant=tenant))
+        while not server.scheduler.idle:
+            server.turn()
+    server.run()
+    assert [server.finals[rid].cached_tokens for rid in rids] == [0, 0, 12]
+
+
+def test_prefill_only() -> None:
+    server = EchoServer(chunked_prefill_size=4)
+    rid = server.add(range(4, 30), 0)
+    server.run()
+    final = server.finals[rid]
+    assert final.finish is not None and final.finish.kind == "length" and final.tokens == ()
+    assert all(sequence.sample is None for plan in server.plans for sequence in plan.sequences)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("start", [0, 1, 9, 25])
+def test_prompt_logprobs_do_not_depend_on_chunks_or_cache(n: int, start: int) -> None:
+    server = EchoServer(sp=2, pages=64, chunked_prefill_size=4)
+    wants = LogprobParams(top=2, token_ids=(5,), prompt_start=start)
+    for _ in range(2):
+        rid = server.add(range(4, 30), n, logprobs=wants)
+        while rid not in server.finals:
+            server.turn()
+        assert sum(len(news.prompt_logprobs) for news in server.news if news.rid == rid) == (
+            26 - start
+        )
+    if start:
+        assert server.finals[rid].cached_tokens == (start - 1) // 4 * 4
+    server.run()
+
+
+def test_no_stop_below_the_minimum() -> None:
+    server = EchoServer(vocab=5)
+    rids = [server.add([4, 4, first], 12, min_new_tokens=9) for first in range(4)]
+    server.run()
+    assert all(len(server.tokens[rid]) >= 9 for rid in rids)
+
+
+def test_the_context_ends_a_request() -> None:
+    server = EchoServer(context=10)
+    rid = server.add(range(4, 11), 50, ignore_eos=True)
+    server.run()
+    assert len(server.tokens[rid]) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "status", "says"),
+    [
+        ([], 1, 400, "empty"),
+        (range(4, 44), 1, 400, "context"),
+        ([4] * 30, 10, 400, "KV cache"),
+        ([4, 50], 1, 400, "token ids"),
+        ([4, -1], 1, 400, "token ids"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(prompt, n, status, says) -> None:
+    server = EchoServer(sp=1, pages=8, context=40)
+    finish = server.scheduler.add(request_of(server, prompt, n))[0].finish
+    assert finish is not None and (finish.kind, finish.status) == ("abort", status)
+    assert says in finish.message
+    assert server.scheduler.idle
+
+
+def request_of(server: EchoServer, prompt, n):
+    scheduler, server.scheduler = server.scheduler, type("Sink", (), {"add": lambda *_: []})()
+    rid = server.add(prompt, n)
+    server.scheduler = scheduler
+    del server.tokens[rid]
+    return server.requests.pop(rid)
+
+
+def test_a_full_queue_refuses() -> None:
+    server = EchoServer(max_queued_requests=2)
+    for _ in range(3):
+        server.add([4, 5], 1)
+    finish = server.finals["r2"].finish
+    assert finish is not None and finish.status == 503
+
+
+def test_a_lone_request_may_use_the_whole_pool() -> None:
+    server = EchoServer(sp=2, pages=8, page_size=4, chunked_prefill_size=8)
+    server.add(range(4, 40), 29, ignore_eos=True)
+    server.run()
+    server = EchoServer(sp=2, pages=8, page_size=4)
+    server.add([5], 64, ignore_eos=True)
+    server.run()
+
+
+def test_contention_retracts_the_newest_and_changes_no_answer() -> None:
+    server = EchoServer(sp=2, pages=4, page_size=2, conservativeness=0.0, vocab=40)
+    rids = [server.add([4 + first, 5], 12, ignore_eos=True) for first in range(4)]
+    server.run()
+    assert server.scheduler.state().retractions_total > 0
+    assert server.finals[rids[0]].retractions == 0, "the oldest goes on"
+    assert max(server.finals[rid].retractions for rid in rids) >= 1
+
+
+def test_a_reserving_server_never_retracts() -> None:
+    server = EchoServer(sp=2, pages=4, page_size=2, conservativeness=1.0)
+    for first in range(6):
+        server.add([4 + first, 5], 12, ignore_eos=True)
+    server.run()
+    assert server.scheduler.state().retractions_total == 0
+
+
+@pytest.mark.parametrize("turns", range(0, 24, 2))
+def test_abort_at_any_moment_is_final_once(turns: int) -> None:
+    server = EchoServer(sp=2, chunked_prefill_size=4, seed=turns)
+    rid = server.add(range(4, 24), 6, ignore_eos=True)
+    other = server.add(range(4, 20), 6)
+    for _ in range(turns):
+        server.turn()
+    server.abort(rid)
+    server.abort(rid)
+    server.abort("nobody")
+    server.run()
+    finish = server.finals[rid].finish
+    assert finish is not None and (finish.kind == "abort") == (len(server.tokens[rid]) < 6)
+    assert server.finals[other].finish is not None
+
+
+def test_an_id_that_lives_is_not_taken_twice() -> None:
+    server = EchoServer()
+    rid = server.add([4, 5], 2)
+    assert server.scheduler.add(server.requests[rid]) == []
+    server.run()
+
+
+def test_sp_tp_prefills_on_all_ranks_and_decodes_replicated() -> None:
+    server = EchoServer(sp=3, parallel={"arch": "tp"})
+    for first in range(3):
+        server.add([4 + first, 6], 4)
+    server.run()
+    assert {plan.group for plan in server.plans} == {(0, 1, 2)}
+    assert {plan.placement for plan in plans_of(server, "decode")} == {"replicated"}
+    assert {plan.placement for plan in plans_of(server, "prefill")} == {"sharded"}
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q", "ulysses"])
+def test_a_strategy_can_be_forced(strategy: str) -> None:
+    server = grouped(sp=2, parallel={"strategy": strategy})
+    server.add([13, *range(4, 30)], 4)
+    server.run()
+    assert {plan.strategy for plan in plans_of(server, "prefill")} == {strategy}
+    assert {plan.strategy for plan in plans_of(server, "decode")} == {"pass_q"}
+
+
+def test_decode_placement_is_the_cost_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepCosts, "decode_placement", lambda self, tokens: "replicated")
+    server = grouped(sp=2)
+    server.add([13, *range(4, 30)], 4)
+    server.add([11, 5], 4)
+    server.run()
+    for plan in plans_of(server, "decode"):
+        assert plan.placement == ("replicated" if len(plan.group) > 1 else "sharded")
+
+
+def test_sarathi_mixes_decode_and_chunks_within_one_budget() -> None:
+    server = EchoServer(sp=2, policy="sarathi", chunked_prefill_size=8, pages=64)
+    for first in range(4):
+        server.add([4 + first, *range(4, 30)], 12, ignore_eos=True)
+    server.run()
+    assert all(sum(s.count for s in plan.sequences) <= 8 for plan in server.plans)
+    assert {plan.placement for plan in server.plans} == {"replicated"}
+    mixed = plans_of(server, "mixed")
+    assert mixed and all(any(s.count == 1 for s in plan.sequences) for plan in mixed)
+
+
+def test_flush_waits_for_requests_and_takes_everything() -> None:
+    server = EchoServer(sp=2)
+    rid = server.add(range(4, 24), 5)
+    assert not server.scheduler.flush()
+    while rid not in server.finals:
+        server.turn()
+    assert server.scheduler.flush(), "surplus plans do not hold it up"
+    while not server.scheduler.idle:
+        server.turn()
+    state = server.scheduler.state()
+    assert all(rank.free_pages == rank.total_pages for rank in state.ranks)
+
+
+def test_state_counts_pages_and_tokens() -> None:
+    server = EchoServer(sp=2, pages=16, page_size=4)
+    server.add(range(4, 24), 5, ignore_eos=True)
+    server.turn(polls=0)
+    state = server.scheduler.state()
+    assert (state.running, state.waiting, state.max_total_tokens) == (1, 0, 128)
+    assert state.used_tokens == sum(rank.used_pages for rank in state.ranks) * 4 > 0
+    for rank in state.ranks:
+        assert rank.free_pages + rank.cached_pages + rank.used_pages == rank.total_pages
+    server.run(check=False)
+    state = server.scheduler.state()
+    assert (state.prompt_tokens_total, state.generated_tokens_total) == (20, 5)
+    assert state.steps_total == len(server.plans)
+
+
+def test_progress_of_long_prompts() -> None:
+    server = EchoServer(sp=1, pages=64, chunked_prefill_size=8)
+    server.add(range(4, 44), 1)
+    seen = []
+    while not server.scheduler.idle:
+        server.turn()
+        seen += [(item.done, item.total) for item in server.scheduler.take_progress()]
+    assert seen == [(8, 40), (16, 40), (24, 40), (32, 40)]
+
+
+def test_a_failed_step_and_a_foreign_answer_end_the_engine() -> None:
+    server = EchoServer(sp=1)
+    server.add([4, 5], 2)
+    server.turn(polls=0)
+    with pytest.raises(EngineDead, match="out of luck"):
+        server.scheduler.on_result(StepResult(1, 0, error="out of luck"))
+    with pytest.raises(EngineDead, match="owes no answer"):
+        server.scheduler.on_result(StepResult(1, 7))
+    with pytest.raises(EngineDead, match="no rank sampled"):
+        server.scheduler.on_result(StepResult(1, 0))
+
+
+def test_unknown_names_are_refused() -> None:
+    for options in ({"policy": "magic"}, {"schedule_policy": "magic"}):
+        with pytest.raises(ConfigError, match="magic"):
+            EchoServer(**options)
+
+
+def test_longest_prefix_goes_first_but_starves_nobody() -> None:
+    server = EchoServer(sp=1, pages=200, schedule_policy="lpm", max_running_requests=1)
+    base = list(range(4, 24))
+    warm = server.add(base, 1)
+    while warm not in server.finals:
+        server.turn()
+    cold = server.add([40, 41, 42], 1)
+    rids = [server.add([*base, 4 + k % 40, 5 + k // 40], 1) for k in range(80)]
+    server.run(check=False)
+    order = [news.rid for news in server.news if news.finish is not None]
+    assert 60 <= order.index(cold) - 1 <= 66
+    assert order.index(rids[-1]) > order.index(cold)
+
+
+def test_many_waiting_for_one_prefix_all_hit_it() -> None:
+    server = EchoServer(sp=2, pages=64, chunked_prefill_size=8, max_running_requests=32)
+    base = [*range(4, 44)] * 2
+    rids = [server.add([*base, 4 + k], 1) for k in range(30)]
+    server.run()
+    assert [server.finals[rid].cached_tokens for rid in rids] == [0] + [80] * 29
+
+
+def test_a_huge_limit_does_not_reserve_the_pool() -> None:
+    """Clients ask for all the context has room for, and stop long before."""
+    server = EchoServer(sp=1, pages=1500, page_size=4, context=6000)
+    for first in range(3):
+        server.add([4 + first, 6], 5990)
+    server.turn()
+    assert server.scheduler.state().running == 1
+    server = EchoServer(sp=1, pages=3000, page_size=4, context=12_000)
+    for first in range(2):
+        server.add([4 + first, 6], 11_000)
+    server.turn()
+    assert server.scheduler.state().running == 2
+
+
+def test_scheduler_takes_no_clock_and_no_torch() -> None:
+    import sys
+
+    module = sys.modules[Scheduler.__module__]
+    assert not {"time", "zmq", "torch"} & set(vars(module))
