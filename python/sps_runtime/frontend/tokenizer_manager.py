@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from sps_runtime.frontend.detokenizer import TextStream
@@ -39,6 +40,8 @@ from sps_runtime.types.messages import (
 from sps_runtime.types.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
+
+FRESH_STATE_S = 0.25
 
 
 class TokenizerManager:
@@ -270,6 +273,13 @@ class TokenizerManager:
         self.ready = message
         self.health.ready()
         self._ready_event.set()
+
+    async def fresh_state(self) -> EngineState:
+        """Return the engine's state as it is now; the last one known when it is slow to answer."""
+        with suppress(TimeoutError, EngineDead):
+            async with asyncio.timeout(FRESH_STATE_S):
+                return await self.calls.fetch_state()
+        return self.health.engine
 
     async def wait_ready(self) -> None:
         """Wait until requests may be sent."""

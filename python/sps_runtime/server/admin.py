@@ -65,7 +65,8 @@ async def model_info(call: Call) -> ASGIApp:
 async def server_info(call: Call) -> ASGIApp:
     """GET /server_info, /get_server_info: settings and state, no secrets."""
     service = call.service
-    manager, state = service.manager, service.manager.health.engine
+    manager = service.manager
+    state = await manager.fresh_state()
     ready = manager.ready
     engine = msgspec.to_builtins(service.engine)
     hidden = ("api_key_hashes", "admin_key_hashes")
@@ -101,7 +102,7 @@ def _internal_state(state: Any) -> dict[str, Any]:
 
 async def loads(call: Call) -> ASGIApp:
     """GET /v1/loads: what a router balances by."""
-    state = call.service.manager.health.engine
+    state = await call.service.manager.fresh_state()
     usage = state.used_tokens / state.max_total_tokens if state.max_total_tokens else 0.0
     one = {
         "dp_rank": 0,

@@ -63,3 +63,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._header_timer.cancel()
         super().on_headers_complete()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """An idle connection ends; one whose client has not read its last answer is cut off."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()

@@ -51,5 +51,5 @@ async def metrics(call: Call) -> ASGIApp:
             status=404,
             code="metrics_disabled",
         )
-    text = service.metrics.exposition(service.manager.health.engine)
+    text = service.metrics.exposition(await service.manager.fresh_state())
     return Response(text, 200, media_type=CONTENT_TYPE)

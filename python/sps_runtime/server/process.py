@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import signal
 import socket
@@ -109,6 +110,8 @@ async def serve(child: ChildContext[FrontendConfig]) -> bool:
         keys = Keys(config.server.api_key_hashes, config.server.admin_key_hashes)
         listener = socket.socket(fileno=child.fds["http"])
         listener.setblocking(False)
+        gc.collect()
+        gc.freeze()  # what lives for ever is not searched again: shorter pauses
         http = HttpServer(build_app(service, keys), service.manager, config.server.drain_timeout_s)
         beside = [service.metrics.watch_loop(), _report_ready(child, service.manager)]
         return await http.serve_until_stopped(listener, beside)

@@ -33,6 +33,13 @@ def test_helpers_of_hugging_face() -> None:
     assert render(source) == '<s>{"role": "user", "content": "Hello"}20'
 
 
+def test_training_marks_are_plain_text() -> None:
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
+    )
+    assert render(source) == "Hello!"
+
+
 def test_a_template_may_refuse() -> None:
     with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
         render("{{ raise_exception('roles must alternate') }}")
