@@ -18,13 +18,9 @@ from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import LayerFence, NoFence, SharedLayerFence
 from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
+from sps_runtime.distributed.routed import RoutedMailroom
 from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailroom
-from sps_runtime.distributed.torch_dist import (
-    RoutedMailroom,
-    TorchDistMailroom,
-    gloo_group,
-    tcp_store,
-)
+from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
 from sps_runtime.types.errors import ConfigError
