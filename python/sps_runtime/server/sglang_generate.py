@@ -14,6 +14,7 @@ from sps_runtime.frontend.request_state import Finish, Output, RequestState
 from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.frontend.validation import finite
 from sps_runtime.server.answers import Answer, complete
+from sps_runtime.server.auth import Identity
 from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
@@ -56,9 +57,9 @@ async def generate(call: Call) -> ASGIApp:
     )
     headers = check_options(decode_fields(raw), GenerateBody, NATIVE)
     body: GenerateBody = decode(raw, GenerateBody)
-    queries = _queries(call, body)
+    queries = native_queries(call.identity, body)
     many = body.is_batch or any((query.options.n or 1) > 1 for query in queries)
-    writer = _Writer(service.manager.tokenizer, body, many)
+    writer = NativeWriter(service.manager.tokenizer, body, many)
     if body.stream:
         group = await service.manager.submit(queries)
         writer.begin(group.states)
@@ -71,7 +72,8 @@ async def generate(call: Call) -> ASGIApp:
     )
 
 
-def _queries(call: Call, body: GenerateBody) -> list[Query]:
+def native_queries(identity: Identity, body: GenerateBody) -> list[Query]:
+    """What a body asks for, one query per prompt."""
     field, prompts = body.prompts()
     options = body.sampling(len(prompts))
     logprobs = body.logprobs(len(prompts))
@@ -83,8 +85,8 @@ def _queries(call: Call, body: GenerateBody) -> list[Query]:
             options=options[i],
             logprobs=logprobs[i],
             default_max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
-            tenant=call.identity.tenant,
-            owner=call.identity.owner,
+            tenant=identity.tenant,
+            owner=identity.owner,
             label=labels[i],
             names=names,
         )
@@ -92,7 +94,7 @@ def _queries(call: Call, body: GenerateBody) -> list[Query]:
     ]
 
 
-class _Writer:
+class NativeWriter:
     """Writes one request's answers."""
 
     def __init__(self, tokenizer: Tokenizer, body: GenerateBody, many: bool) -> None:
