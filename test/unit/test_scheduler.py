@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from test.kit.echo_server import AnyDegree, EchoServer
 
-from kit.echo_server import AnyDegree, EchoServer
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import Scheduler
@@ -55,6 +55,27 @@ def test_short_prompts_are_packed_on_single_ranks() -> None:
     prefills = plans_of(server, "prefill")
     assert {plan.group for plan in prefills} == {(0,), (1,)}
     assert max(len(plan.sequences) for plan in prefills) > 1
+
+
+def test_long_prompts_of_a_group_go_one_after_the_other() -> None:
+    server = EchoServer(sp=1, pages=400, chunked_prefill_size=8)
+    long = [server.add([4 + k, *range(4, 40)], 1) for k in range(3)]
+    short = server.add([9, 9, 9], 1)
+    server.run()
+    order = [news.rid for news in server.news if news.finish is not None]
+    assert order == [short, *long]
+
+
+def test_a_packed_step_is_one_chunk_while_requests_decode() -> None:
+    server = EchoServer(sp=1, pages=400, chunked_prefill_size=8)
+    server.add([4, 5, 6], 60, ignore_eos=True)
+    for _ in range(8):
+        server.turn()
+    for first in range(9):
+        server.add([10 + first, 5, 6, 7], 1)
+    server.run()
+    tokens = [sum(s.count for s in plan.sequences) for plan in plans_of(server, "prefill")]
+    assert max(tokens) == 8
 
 
 def test_prompts_are_chunked_by_rank_of_the_group() -> None:

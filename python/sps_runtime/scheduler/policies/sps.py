@@ -16,12 +16,17 @@ class Sps:
     """Decode where KV lies, in steps of its own; prefill at the degree that the cost model likes.
 
     The degree of a chunk (LoongServe's elasticity, Tetris' degree per chunk) minimises the mean
-    time to finish, were all n waiting requests like this one: degree d leaves sp / d lanes, so
+    time to finish, were all n waiting requests like this one: degree d leaves sp / d lanes, each
+    of which serves its share in `rounds` steps of as many prompts as fit, T_d seconds each:
 
-        T_d * (ceil(n / lanes) + 1) / 2
+        T_d * (rounds + 1) / 2
 
     With n = 1 that is the fastest degree; with many it is the most efficient one, and short
     prompts, whose T_d hardly falls with d, go to single ranks beside others' long ones.
+
+    Long prompts of one group are served one after the other, which ends each as early as it can;
+    prompts that end within the step are packed beside them. While requests decode on a group's
+    ranks, a packed step is no longer than one chunk, so that tokens do not wait.
     """
 
     def steps(self, view: View) -> list[Step]:
@@ -33,17 +38,23 @@ class Sps:
         steps: dict[int, Step] = {}
         for run in runs:
             mask = self._group(view, run, load)
-            ranks = mask.bit_count()
             step = steps.setdefault(mask, Step(mask, [], "prefill"))
-            left = view.config.max_prefill_tokens * ranks - step.tokens
-            limit = chunk_limit(view.config.chunked_prefill_size, ranks)
+            limit = chunk_limit(view.config.chunked_prefill_size, mask.bit_count())
             if step.items:
-                limit = left if limit is None else min(limit, left)
-            page_size = view.cache_config.page_size
-            end = chunk_end(run.sent, run.target, page_size, limit) if left > 0 else run.sent
-            if end > run.sent:
-                step.items.append((run, end - run.sent))
+                left = self._budget(view, mask) - step.tokens
+                if run.target - run.sent > (left if limit is None else min(limit, left)):
+                    continue
+            end = chunk_end(run.sent, run.target, view.cache_config.page_size, limit)
+            step.items.append((run, end - run.sent))
         return list(steps.values())
+
+    def _budget(self, view: View, mask: int) -> int:
+        """New tokens that a packed step of a group may have."""
+        per_rank = view.config.max_prefill_tokens
+        chunk = view.config.chunked_prefill_size
+        if chunk > 0 and any(run.decodes and run.mask & mask for run in view.runs.values()):
+            per_rank = min(per_rank, chunk)
+        return per_rank * mask.bit_count()
 
     def _load(self, view: View) -> list[float]:
         """Prompt tokens that each rank has before it, of runs whose group is chosen."""
@@ -84,12 +95,18 @@ class Sps:
         sp_size = view.parallel.sp_size
         if sp_size == 1:
             return 1
-        others = sum(other.prefilling for other in view.runs.values()) + view.waiting
-        work = [(run.target - run.sent, run.sent)]
+        prefilling = sum(other.prefilling for other in view.runs.values())
+        alike = max(1, min(MOST_WAITING, prefilling + view.waiting))
+        tokens = run.target - run.sent
 
         def mean_time(degree: int) -> float:
-            rounds = -(-min(max(1, others), MOST_WAITING) // (sp_size // degree))
-            return view.costs.prefill_seconds(degree, work) * (rounds + 1) / 2
+            limit = chunk_limit(view.config.chunked_prefill_size, degree)
+            budget = view.config.max_prefill_tokens * degree
+            packed = 1 if limit is not None and tokens > limit else max(1, budget // tokens)
+            share = -(-alike // (sp_size // degree))
+            rounds = -(-share // packed)
+            works = [(tokens, run.sent)] * min(share, packed)
+            return view.costs.prefill_seconds(degree, works) * (rounds + 1) / 2
 
         return min(range(1, sp_size + 1), key=mean_time)
 
