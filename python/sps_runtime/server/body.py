@@ -17,6 +17,7 @@ T = TypeVar("T")
 MAX_JSON_DEPTH = 32
 _STRING = re.compile(rb'"[^"]*"')
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$|- at `key` in `\$\.?([^`]*)`$")
 NOTHING = msgspec.Raw(b"null")
 
@@ -71,9 +72,9 @@ def check_depth(body: bytes) -> None:
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = _STRING.sub(b"", plain.translate(None, _NOT_STRUCTURE))
+    brackets = _STRING.sub(b"", plain.translate(_ONE_KIND, _NOT_STRUCTURE))
     for _ in range(MAX_JSON_DEPTH):
-        inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        inner = brackets.replace(b"[]", b"")
         if len(inner) == len(brackets):
             break
         brackets = inner
