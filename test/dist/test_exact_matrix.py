@@ -9,7 +9,6 @@ from itertools import product
 
 import pytest
 import torch
-
 from test.dist.helpers.exact_models import KINDS, exact_model
 from test.dist.helpers.exactness import TIGHT_PAGES, check, requests_of_a_cell, truth
 from test.dist.helpers.planner import Planner, Shape

@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 from msgspec.structs import replace
-from torch import Tensor
-
 from test.dist.helpers.exact_models import exact_model, prompt
 from test.dist.helpers.exactness import (
     CHUNKS,
@@ -21,6 +19,8 @@ from test.dist.helpers.exactness import (
 )
 from test.dist.helpers.planner import Planner, Request, Shape
 from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
+from torch import Tensor
+
 from sps_runtime.runner import prompt_logprobs
 from sps_runtime.runner.model_runner import replay
 from sps_runtime.types.plan import StepResult, TokenLogprobs

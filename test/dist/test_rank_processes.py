@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from test.dist.helpers.exact_models import exact_model
 from test.dist.helpers.exactness import TIGHT_PAGES, check_tokens, requests_of_a_cell
 from test.dist.helpers.planner import Planner, Shape
 from test.dist.helpers.process_engine import ProcessEngine
 from test.dist.helpers.thread_engine import drive
+
 from sps_runtime.types.plan import SequencePlan, StepPlan
 from sps_runtime.types.tokens import pack_ids
 

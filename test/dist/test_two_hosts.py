@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from benchmark.make_model import make_model
 from sps_runtime.engine import Engine
 from test.kit.hosts import ADDRESSES, TwoHosts, available

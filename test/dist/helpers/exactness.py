@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
-
 from test.dist.helpers.exact_models import exact_model, prompt
 from test.dist.helpers.planner import Planner, Request, Shape
 from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
+from torch import Tensor
 
 NEW_TOKENS = 64
 CHUNKS = (64, 1000, 0)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 import torch
+from test.dist.helpers.planner import Planner, Request, Shape
 from torch import Tensor
 
-from test.dist.helpers.planner import Planner, Request, Shape
 from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.config.model import ModelConfig
