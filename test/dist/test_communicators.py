@@ -164,3 +164,20 @@ def test_groups_take_the_network_only_across_hosts() -> None:
     assert mailroom.group((2, 3)) is local.group((2, 3))
     assert mailroom.group((2,)) is local.group((2,))
     assert mailroom.group((0, 2, 3)) is remote.group((0, 2, 3))
+
+
+def test_long_messages_do_not_wait_for_naps() -> None:
+    """A hundred rings' worth: who sleeps for room is woken by the reader, not by its own clock."""
+    memory = map_region_of(link_bytes(2, 4096))
+    world = ThreadWorld(2)
+    long = [torch.arange(100_000, dtype=torch.int32) + rank for rank in (0, 1)]
+
+    def work(rank: int) -> None:
+        mailroom = SharedMemoryMailroom(memory, rank, 2, Traffic(), ring_bytes=4096, timeout_s=20)
+        recv = [torch.empty_like(part) for part in long]
+        mailroom.group((0, 1)).exchange([long[rank]] * 2, recv, "linear")
+        assert torch.equal(recv[1 - rank], long[1 - rank])
+
+    began = time.monotonic()
+    world.run(work)
+    assert time.monotonic() - began < 15
