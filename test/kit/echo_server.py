@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from sps_runtime.config.cache import CacheConfig
@@ -16,7 +17,7 @@ from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
 from sps_runtime.scheduler.sequence import Run
 from sps_runtime.types.messages import LinkCost, TokensOut
-from sps_runtime.types.plan import StepPlan
+from sps_runtime.types.plan import StepPlan, StepResult
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import LogprobParams, SamplingParams
 from sps_runtime.types.tokens import pack_ids, unpack_ids
@@ -38,8 +39,9 @@ class AnyDegree(Sps):
 class Referee:
     """Checks every plan against the contract of `types.plan`, knowing only plans and answers."""
 
-    def __init__(self, tp_size: int, depth: int, in_place: bool) -> None:
-        self._tp_size, self._depth, self._in_place = tp_size, depth, in_place
+    def __init__(self, tp_size: int, depth: int, in_place: bool, one_host: bool) -> None:
+        self._tp_size, self._depth = tp_size, depth
+        self._in_place, self._one_host = in_place and one_host, one_host
         self._pending: dict[int, tuple[tuple[int, ...], set[int]]] = {}
         self._written_in: dict[int, int] = {}
         self._uses: dict[int, dict[int, tuple[int, int]]] = {}
@@ -70,6 +72,7 @@ class Referee:
             if sequence.board_epoch in self._pending:
                 group = self._pending[sequence.board_epoch][0]
                 assert set(plan.group) <= set(group), "the board's group is smaller"
+                assert self._one_host or plan.group == group, "a board is not shared by hosts"
         for page in writes:
             self._written_in[page] = plan.epoch
         ranks = {
@@ -124,7 +127,9 @@ class EchoServer:
         )
         memory = EchoMemory.allocate(sp, pages, page_size, board_slots(scheduler_config), tp)
         self.world = EchoWorld(memory, vocab, self.chance)
-        self.referee = Referee(tp, scheduler_config.max_steps_in_flight, zero_copy)
+        one_host = self.parallel.nnodes == 1
+        self.referee = Referee(tp, scheduler_config.max_steps_in_flight, zero_copy, one_host)
+        self._mail: dict[int, deque[StepResult]] = {}
         self.requests: dict[str, GenerateRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finals: dict[str, TokensOut] = {}
@@ -165,10 +170,20 @@ class EchoServer:
             self.on_plan(plan)
             self.world.submit(plan)
         for _ in range(polls):
-            result = self.world.poll()
-            if result is not None:
-                self.referee.answer(result.epoch, result.rank)
-                self._hear(self.scheduler.on_result(result))
+            if not self.world.busy or (self._mail and self.chance.random() < 0.5):
+                self._deliver()
+            elif (result := self.world.poll()) is not None:
+                self._mail.setdefault(result.rank, deque()).append(result)
+
+    def _deliver(self) -> None:
+        """Hand over the oldest answer of a random rank: ranks overtake one another."""
+        if self._mail:
+            rank = self.chance.choice(sorted(self._mail))
+            result = self._mail[rank].popleft()
+            if not self._mail[rank]:
+                del self._mail[rank]
+            self.referee.answer(result.epoch, result.rank)
+            self._hear(self.scheduler.on_result(result))
 
     def run(self, check: bool = True, limit: int = 200_000) -> None:
         """Until everything has ended; every invariant after every turn if `check`."""

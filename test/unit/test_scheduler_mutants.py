@@ -195,6 +195,22 @@ def surplus_tokens_get_out(monkeypatch):
 
 
 @mutant
+def tokens_are_taken_as_they_come(monkeypatch):
+    """A later plan's token is given out before an earlier one's that another rank has."""
+
+    def collect(run):
+        flights = [f for f in run.flights if f.samples and not f.taken and f.token is not None]
+        news = []
+        for flight in flights:
+            news.append(results._take(run, flight, flight.token))
+            if news[-1].finish is not None:
+                break
+        return news
+
+    monkeypatch.setattr("sps_runtime.scheduler.scheduler.collect", collect)
+
+
+@mutant
 def retraction_forgets_output(monkeypatch):
     """A retracted request starts from its prompt but counts its output."""
     right = Scheduler._retract
