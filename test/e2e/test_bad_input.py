@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import socket
 import threading
@@ -216,3 +217,38 @@ def test_five_megabytes_do_not_stop_the_loop(tokenizer_directory: Path) -> None:
     waits.sort()
     assert waits[int(len(waits) * 0.99)] < 0.25, waits[-5:]
     assert waits[-1] < 1.0
+
+
+def test_mutated_bytes_do_not_hurt(live: LiveServer) -> None:
+    """Requests with bytes changed, cut, doubled: whatever is answered, the server goes on."""
+    rng = random.Random(7)
+    body = b'{"prompt": "x", "max_tokens": 2, "stream": true}'
+    good = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    with Canary(live):
+        for _ in range(400):
+            data = bytearray(good)
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(len(data))
+                match rng.randrange(4):
+                    case 0:
+                        data[at] = rng.randrange(256)
+                    case 1:
+                        del data[at : at + rng.randrange(20)]
+                    case 2:
+                        data[at:at] = data[at : at + rng.randrange(40)] * rng.randrange(4)
+                    case _:
+                        data += good
+                data = data or bytearray(b"x")
+            with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+                connection.sendall(data)
+                if rng.random() < 0.5:
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(4096)
+    assert httpx.get(f"{live.url}/health").status_code == 200
+    end = time.monotonic() + 5
+    while live.manager.inflight:
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -145,6 +145,19 @@ def test_pings_in_silence(tokenizer_directory: Path) -> None:
         assert seen == [": ping", "", ": ping", ""]
 
 
+def test_probes_for_a_token_share_one_request(tokenizer_directory: Path) -> None:
+    with LiveServer(tokenizer_directory, timeouts=Timeouts(probe=0.3)) as live:
+        live.engine.held = True
+        probes = [in_background(httpx.get, f"{live.url}/health_generate") for _ in range(12)]
+        for thread, _ in probes:
+            thread.join(5)
+        assert len(live.engine.requests) <= 2
+        assert {answers[0].status_code for _, answers in probes} <= {200, 503}
+        until(lambda: not live.engine.running)
+        live.engine.held = False
+        assert httpx.get(f"{live.url}/health_generate").status_code == 200
+
+
 def test_a_client_that_never_reads_is_cut_off(tokenizer_directory: Path) -> None:
     timeouts = Timeouts(stall=0.5)
     with LiveServer(tokenizer_directory, timeouts=timeouts, context_length=200_000) as live:

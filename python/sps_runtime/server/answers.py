@@ -28,13 +28,18 @@ class Answer:
     """
 
     state: RequestState
-    text: str = ""
+    _pieces: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
 
+    @property
+    def text(self) -> str:
+        self._pieces = ["".join(self._pieces)]
+        return self._pieces[0]
+
     def add(self, output: Output) -> None:
-        self.text += output.text
+        self._pieces.append(output.text)
         self.tokens += output.tokens
         self.logprobs += output.logprobs
         self.finish = output.finish

@@ -128,6 +128,7 @@ def main() -> int:
     """Run the process; its exit status."""
     with child_context(FrontendConfig) as child:
         setup_logging(child.config.log.level, child.config.log.format, child.name)
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below it speak only clients
         faulthandler.register(signal.SIGUSR1)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return 0 if runner.run(serve(child)) else 1
