@@ -47,6 +47,13 @@ def memory_pages(plan: StepPlan) -> list[int]:
     return memoryview(plan.sequences[0].pages).cast("i").tolist()
 
 
+def test_a_prompt_of_few_pages_takes_few_ranks() -> None:
+    server = EchoServer(sp=4, page_size=64)
+    server.add([*range(4, 44)] * 2, 3)
+    server.run()
+    assert {len(plan.group) for plan in server.plans} == {2}
+
+
 def test_short_prompts_are_packed_on_single_ranks() -> None:
     server = EchoServer(sp=2, pages=64)
     for first in range(8):

@@ -91,7 +91,10 @@ class Sps:
         return mask
 
     def _degree(self, view: View, run: Run) -> int:
-        """The degree with the least mean time to finish, the smaller of equal ones."""
+        """The degree with the least mean time to finish, the smaller of equal ones.
+
+        Work is divided by pages, so there are never more ranks than pages to fill.
+        """
         sp_size = view.parallel.sp_size
         if sp_size == 1:
             return 1
@@ -108,7 +111,8 @@ class Sps:
             works = [(tokens, run.sent)] * min(share, packed)
             return view.costs.prefill_seconds(degree, works) * (rounds + 1) / 2
 
-        return min(range(1, sp_size + 1), key=mean_time)
+        pages = pages_for(run.target, view.cache_config.page_size) - len(run.table.pages)
+        return min(range(1, max(1, min(sp_size, pages)) + 1), key=mean_time)
 
 
 def _add(load: list[float], mask: int, tokens: int) -> None:
