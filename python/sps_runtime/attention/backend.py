@@ -91,3 +91,13 @@ class AttentionBackend(Protocol):
                 unless told.
         """
         ...
+
+    def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
+        """Merge partials of the same queries over disjoint keys, in their order, and write o into
+        `out_THD` in its dtype (`ops.merge_state`).
+
+        Args:
+            partials: at least one; `o` of any float dtype, with any strides but the last.
+            out_THD: like an `o`; last dim contiguous, apart from all of them.
+        """
+        ...

@@ -95,6 +95,16 @@ class KernelBackend:
         )
         return Partial(o_THD, lse_TH)
 
+    def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
+        lse_TH = partials[0].lse.new_empty(partials[0].lse.shape)
+        self._kernels.merge_n_states(
+            [partial.o for partial in partials],
+            [partial.lse for partial in partials],
+            out=out_THD,
+            lse_out=lse_TH,
+            threads=self._threads,
+        )
+
     def _pack(self, runs: Sequence[QueryRun], kv_heads: int) -> _Packed:
         """Packed runs; a step's layers pass the same list, so it is packed once."""
         key = (id(runs), kv_heads)

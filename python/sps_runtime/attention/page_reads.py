@@ -116,6 +116,22 @@ def ranges(first: Ints, count: Ints) -> Ints:
     return rows
 
 
-def row_index(rows: Ints) -> Tensor:
-    """Rows as an index tensor."""
-    return torch.from_numpy(rows)
+class RowSet:
+    """Some of a tensor's rows.
+
+    Args:
+        rows: distinct, ascending.
+        total: rows of the tensor.
+
+    Attributes:
+        count: rows in the set.
+        index: int64 rows; None for all of them.
+    """
+
+    def __init__(self, rows: Ints, total: int) -> None:
+        self.count = len(rows)
+        self.index = None if self.count == total else torch.from_numpy(rows)
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of x; x itself where they are all of them."""
+        return x if self.index is None else x[self.index]

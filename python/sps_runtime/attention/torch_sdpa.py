@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool, Partial, QueryRun
-from sps_runtime.ops.merge_state import merge_state
+from sps_runtime.ops.merge_state import merge_state, merge_states
 
 QUERY_BLOCK = 512
 
@@ -43,6 +43,9 @@ class TorchBackend:
                 block = _Block(q_THD[rows], run, run.position + begin, scale, window, kv_heads)
                 o_THD[rows], lse_TH[rows] = block.attend(pool)
         return Partial(o_THD, lse_TH)
+
+    def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
+        out_THD.copy_(merge_states([(partial.o, partial.lse) for partial in partials])[0])
 
 
 class _Block:

@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import QueryRun
+from sps_runtime.attention.backend import Partial, QueryRun
 from sps_runtime.attention.page_reads import (
     Pieces,
+    RowSet,
     cut_pieces,
     needed,
     packed_rows,
     query_runs,
-    row_index,
 )
-from sps_runtime.attention.sequence_parallel.partials import pack, packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.partials import merge_home, pack, packed_bytes, unpack
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
-from sps_runtime.ops.merge_state import merge_rows_
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class _Routes:
     """
 
     runs: list[QueryRun]
-    rows_out: list[Tensor]
+    rows_out: list[RowSet]
     counts_in: list[int]
     outside_tokens: int
 
@@ -92,7 +91,7 @@ class PassQ:
         all_q = q_THD.new_empty((rows + sum(routes.counts_in), *q_THD.shape[1:]))
         all_q[:rows] = q_THD
         recv = list(torch.split(all_q[rows:], routes.counts_in))
-        step.communicate([q_THD[out] for out in routes.rows_out], recv)
+        step.communicate([out.take(q_THD) for out in routes.rows_out], recv)
         return all_q
 
     def _return_partials(
@@ -105,15 +104,18 @@ class PassQ:
         own_lse, *guest_lse = torch.split(lse_TH, sizes)
         send = [pack(o, lse, q_THD.dtype) for o, lse in zip(guest_o, guest_lse, strict=True)]
         recv = [
-            send[0].new_empty(packed_bytes(len(out), heads, dim, q_THD.dtype))
+            send[0].new_empty(packed_bytes(out.count, heads, dim, q_THD.dtype))
             for out in routes.rows_out
         ]
         self._step.communicate(send, recv)
-        for out, message in zip(routes.rows_out, recv, strict=True):
-            if len(out):
-                part = unpack(message, len(out), heads, dim, q_THD.dtype)
-                merge_rows_(own_o, own_lse, out, *part)
-        return own_o.to(q_THD.dtype)
+        merged = torch.empty_like(q_THD)
+        home = [
+            (out, unpack(message, out.count, heads, dim, q_THD.dtype))
+            for out, message in zip(routes.rows_out, recv, strict=True)
+            if out.count
+        ]
+        merge_home(self._step.context.backend, Partial(own_o, own_lse), home, merged)
+        return merged
 
     def _plan(self, window: int | None) -> _Routes:
         step, layout = self._step, self._step.layout
@@ -144,7 +146,7 @@ class PassQ:
             offset += count
         return _Routes(
             runs=own_runs + guest_runs,
-            rows_out=[row_index(_rows(pieces)) for pieces in sent],
+            rows_out=[RowSet(_rows(pieces), layout.rows[step.me]) for pieces in sent],
             counts_in=counts,
             outside_tokens=int(layout.pages.tokens[outside & needed(layout, runs, window)].sum()),
         )

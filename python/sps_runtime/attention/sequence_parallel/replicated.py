@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import QueryRun
-from sps_runtime.attention.page_reads import cut_pieces, needed, query_runs, row_index
-from sps_runtime.attention.sequence_parallel.partials import pack, packed_bytes, unpack
+from sps_runtime.attention.backend import Partial, QueryRun
+from sps_runtime.attention.page_reads import RowSet, cut_pieces, needed, query_runs
+from sps_runtime.attention.sequence_parallel.partials import merge_home, pack, packed_bytes, unpack
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.distributed.mesh import shares
-from sps_runtime.ops.merge_state import merge_rows_
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class _Seen:
     """
 
     runs: list[QueryRun]
-    rows: list[Tensor]
+    rows: list[RowSet]
     outside_tokens: int
 
 
@@ -77,28 +76,27 @@ class Replicated:
         dim = o_THD.shape[2]
         heads = shares(o_THD.shape[1], step.size)
         begin, end = heads[me]
-        mine = seen.rows[me]
         nothing = torch.empty(0, dtype=torch.uint8)
+        seen_o, seen_lse = seen.rows[me].take(o_THD), seen.rows[me].take(lse_TH)
         send = [
-            nothing
-            if member == me
-            else pack(o_THD[mine, share[0] : share[1]], lse_TH[mine, share[0] : share[1]], dtype)
-            for member, share in enumerate(heads)
+            nothing if member == me else pack(seen_o[:, first:last], seen_lse[:, first:last], dtype)
+            for member, (first, last) in enumerate(heads)
         ]
         recv = [
             nothing.new_empty(
-                0 if member == me else packed_bytes(len(rows), end - begin, dim, dtype)
+                0 if member == me else packed_bytes(rows.count, end - begin, dim, dtype)
             )
             for member, rows in enumerate(seen.rows)
         ]
         step.communicate(send, recv)
-        o, lse = o_THD[:, begin:end].contiguous(), lse_TH[:, begin:end].contiguous()
-        for member, (rows, message) in enumerate(zip(seen.rows, recv, strict=True)):
-            if member != me and len(rows):
-                part = unpack(message, len(rows), end - begin, dim, dtype)
-                merge_rows_(o, lse, rows, *part)
+        home = [
+            (rows, unpack(message, rows.count, end - begin, dim, dtype))
+            for member, (rows, message) in enumerate(zip(seen.rows, recv, strict=True))
+            if member != me and rows.count
+        ]
         out = o_THD.new_zeros(o_THD.shape, dtype=dtype)
-        out[:, begin:end] = o
+        own = Partial(o_THD[:, begin:end], lse_TH[:, begin:end])
+        merge_home(step.context.backend, own, home, out[:, begin:end])
         return out
 
     def _plan(self, window: int | None) -> _Seen:
@@ -119,6 +117,6 @@ class Replicated:
         outside = need & (reader == step.me) & (owners != step.context.mesh.sp_rank)
         return _Seen(
             runs=query_runs(layout, pieces[step.me], indices[step.me]),
-            rows=[row_index(piece.rows()) for piece in pieces],
+            rows=[RowSet(piece.rows(), layout.rows[step.me]) for piece in pieces],
             outside_tokens=int(layout.pages.tokens[outside].sum()),
         )
