@@ -118,6 +118,13 @@ def test_select_gets_real_numbers(http: httpx.Client) -> None:
     assert first["meta_info"]["output_token_logprobs"] == []
 
 
+def test_unconditional_likelihoods(http: httpx.Client) -> None:
+    """Nothing generated, no start told: the whole prompt is meant."""
+    body = {"input_ids": [[36, 37]], "sampling_params": {"max_new_tokens": 0}}
+    (answer,) = ok(http.post("/generate", json={**body, "return_logprob": True}))
+    assert answer["meta_info"]["input_token_logprobs"] == [[None, 36, None], [-0.5, 37, None]]
+
+
 def test_null_stands_at_the_true_beginning_only(http: httpx.Client) -> None:
     body = {
         "input_ids": [67, 68, 69],

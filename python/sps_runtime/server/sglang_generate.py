@@ -76,7 +76,7 @@ def native_queries(identity: Identity, body: GenerateBody) -> list[Query]:
     """What a body asks for, one query per prompt."""
     field, prompts = body.prompts()
     options = body.sampling(len(prompts))
-    logprobs = body.logprobs(len(prompts))
+    logprobs = body.logprobs(options)
     labels = labels_of(body.rid, len(prompts))
     names = {**_NAMES, "prompt": field}
     return [

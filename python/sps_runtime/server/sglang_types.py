@@ -94,10 +94,19 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             return [(told or NativeSampling()).checked()] * prompts
         return [options.checked() for options in _per_prompt(SAMPLING, told, prompts, None)]
 
-    def logprobs(self, prompts: int) -> list[LogprobOptions | None]:
-        """Return the wanted logprobs of each prompt."""
+    def logprobs(self, sampling: Sequence[SamplingOptions]) -> list[LogprobOptions | None]:
+        """Return the wanted logprobs of each prompt.
+
+        Who generates nothing and does not tell where to start can only mean the whole prompt:
+        SGLang's front end asks so for unconditional likelihoods.
+        """
+        prompts = len(sampling)
         wanted = _per_prompt("return_logprob", self.return_logprob, prompts, False)
-        starts = _per_prompt("logprob_start_len", self.logprob_start_len, prompts, -1)
+        starts = _per_prompt("logprob_start_len", self.logprob_start_len, prompts, None)
+        starts = [
+            (0 if options.max_new_tokens == 0 else -1) if start is None else start
+            for start, options in zip(starts, sampling, strict=True)
+        ]
         tops = _per_prompt("top_logprobs_num", self.top_logprobs_num, prompts, 0)
         ids = self._wanted_ids(prompts)
         return [
