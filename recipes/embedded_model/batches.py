@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from .documents import TASKS, Question, Writer, approximate_tokens, place_question
+from .documents import PLACES, Question, Writer, approximate_tokens, place_question
 
 SYSTEM_MESSAGES = (
     "You answer questions about a document.",
@@ -25,7 +25,10 @@ TASK_WEIGHTS = {
     "mixed": 0.15,
 }
 OPEN_SHARE = 0.1  # documents with invented names and words
-FIRST_VALUE_WEIGHT = 4.0
+LISTS = ("multi", "count")
+OTHER_WEIGHT = 0.02  # of tokens that are no answer
+FIRST_VALUE_WEIGHT = 4.0  # the first token of a value is the hard one
+FIRST_TURN_WEIGHT = 2.0  # only there the question stands in or before the document
 _PIECES = re.compile(r"<\|\w+\|>| ?[^\W\d_]+| ?\d| ?[^\w\s]|\n+| ")
 
 
@@ -195,7 +198,7 @@ class BatchMaker:
         self.pad = tokenizer.token_to_id(pad)
         self.ends = np.array([tokenizer.encode(text).ids[-1] for text in (".", "?", "\n\n")])
 
-    def batch(self, step: int, length: int, count: int, spread: bool, recap_share: float) -> Batch:
+    def batch(self, step: int, length: int, count: int, spread: bool, recap: bool) -> Batch:
         self.samples.reseed(f"{self.seed}/{step}/{length}")
         generator = np.random.default_rng((self.seed, step, length))
         names = [name for name in TASK_WEIGHTS if length >= 256 or name != "mixed"]
@@ -205,24 +208,29 @@ class BatchMaker:
         positions = np.tile(np.arange(length), (count, 1))
         weights = np.zeros((count, length), dtype=np.float32)
         answers = []
+        make = self.samples.recap if recap else self.samples.sample
         for row, task in enumerate(tasks):
-            recap = self.samples.rng.random() < recap_share
-            make = self.samples.recap if recap else self.samples.sample
             sample = make(task, length)
             used = min(length, len(sample.ids))
             ids[row, :used] = sample.ids[:used]
-            weights[row, 1:used] = 0.02
-            kept = [answer for answer in sample.answers if answer.stop <= length]
-            for answer in kept:
-                if answer.place != "recap":
-                    weights[row, answer.start : answer.stop] = 1.0
-                for first, last in answer.values:
-                    weights[row, first:last] = 1.0
-                    weights[row, first] = FIRST_VALUE_WEIGHT
-            answers.append(kept)
+            weights[row, 1:used] = OTHER_WEIGHT
+            answers.append([answer for answer in sample.answers if answer.stop <= length])
+            for answer in answers[-1]:
+                weigh(weights[row], answer)
             if spread:
                 positions[row] = spread_positions(ids[row], self.ends, self.context, generator)
         return Batch(ids, positions, weights, answers)
 
 
-__all__ = ["TASKS", "Answer", "Batch", "BatchMaker", "Encoder", "Sample", "SampleWriter"]
+def weigh(weights: np.ndarray, answer: Answer) -> None:
+    """Set the weights (T,) of an answer's tokens; in a recap only its values count."""
+    recap = answer.place == "recap"
+    scale = FIRST_TURN_WEIGHT if answer.place in PLACES else 1.0
+    if not recap:
+        weights[answer.start : answer.stop] = scale
+    for first, last in answer.values:
+        weights[first:last] = scale
+        weights[first] = FIRST_VALUE_WEIGHT * scale
+        if answer.task in LISTS and not recap and last + 1 < answer.stop:
+            # After a value's full stop: is there another value, or is this the end?
+            weights[last + 1] = FIRST_VALUE_WEIGHT * scale

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,19 +22,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from .batches import Batch, BatchMaker
+from .documents import PLACES, TASKS
 from .initialise import initialise
 from .model import ModelConfig, Qwen3
 from .tokenizer import train_tokenizer, write_tokenizer
 
-SHOWN = (
-    "first,single,lookalike,multi,chain,count,recap lookalike,recap multi,recap chain,"
-    "end,start,middle,next"
-).split(",")
+SHOWN = ("first", *TASKS, "recap lookalike", "recap multi", "recap chain", *PLACES, "next")
 OTHER_SHARE = 0.15  # share of unweighted tokens whose logits are computed at all
 
 
@@ -79,6 +79,7 @@ class Trainer:
             tokenizer, arguments.seed, self.config.max_position_embeddings - 4096, "<|endoftext|>"
         )
         self.progress = Progress()
+        self.stopped = False
 
     # -- checkpoint -----------------------------------------------------------------------------
 
@@ -99,8 +100,6 @@ class Trainer:
         path = self.out / "state.safetensors"
         if not path.exists():
             return
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as file:
             self.progress = Progress(**json.loads(file.metadata()["progress"]))
         tensors = load_file(path)
@@ -125,20 +124,26 @@ class Trainer:
         left = max(0.0, 1 - self.progress.seconds / total)
         return min(1.0, (self.progress.step + 1) / 60, left / self.arguments.decay + 0.01)
 
-    def pick_length(self, rng: random.Random) -> int:
-        """Half the batches at the longest length reached, the others at shorter ones."""
+    def pick(self, rng: random.Random) -> tuple[int, bool]:
+        """The length of the next batch, and whether it is of recaps rather than of chats.
+
+        Recaps, half of them at the longest length reached, teach to find values among many. Where
+        the question stands matters once a chat, so chats are mostly short and many.
+        """
         level = self.progress.level
-        if rng.random() > self.arguments.top_share and level > 0:
-            level = rng.randrange(max(1, level - 4), level) if level > 1 else level
-        return 64 << level
+        recap = rng.random() < self.arguments.recap_share
+        if not recap:
+            level = min(level, 1 + int(rng.expovariate(0.45)))
+        elif level > 1 and rng.random() > self.arguments.top_share:
+            level = rng.randrange(max(1, level - 4), level)
+        return 64 << level, recap
 
     def step(self) -> dict[str, float]:
         rng = random.Random(f"{self.arguments.seed}/{self.progress.step}")
-        length = self.pick_length(rng)
+        length, recap = self.pick(rng)
         count = max(1, self.arguments.tokens // length)
         spread = rng.random() < 1 / 3
-        share = self.arguments.recap_share
-        batch = self.batches.batch(self.progress.step, length, count, spread, share)
+        batch = self.batches.batch(self.progress.step, length, count, spread, recap)
         loss, right = self.forward(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -203,8 +208,8 @@ class Trainer:
             visits = scores.get("visits", 0.0) + 1
             scores["visits"] = visits
             mark = self.arguments.pass_mark
-            whole = scores.get(f"lookalike/{length}", 0.0) > mark - 0.1
-            if visits >= 15 and whole and scores[f"first/{length}"] > mark:
+            recaps = scores.get(f"recap lookalike/{length}", 0.0)
+            if visits >= 15 and recaps > mark - 0.07 and scores[f"first/{length}"] > mark:
                 self.progress.level += 1
                 scores["visits"] = 0.0
 
@@ -214,7 +219,8 @@ class Trainer:
         progress = self.progress
         last_save, last_print = time.monotonic(), 0.0
         recent: list[float] = []
-        while progress.seconds < self.arguments.minutes * 60:
+        signal.signal(signal.SIGTERM, self.stop)
+        while progress.seconds < self.arguments.minutes * 60 and not self.stopped:
             begin = time.monotonic()
             result = self.step()
             recent.append(result["loss"])
@@ -227,6 +233,10 @@ class Trainer:
                 self.save()
                 last_save = now
         self.save()
+
+    def stop(self, *_: object) -> None:
+        """End after the step under way (a signal handler); ``run`` then saves."""
+        self.stopped = True
 
     def report(self, loss: float) -> None:
         progress = self.progress

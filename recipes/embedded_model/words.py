@@ -1,5 +1,7 @@
 """The word lists of the generated English: names, attributes, values, filler."""
 
+# ruff: noqa: SIM905 (a list of words is easier read as words)
+
 FIRST_NAMES = (
     "Alice Bruno Clara David Elena Frank Grace Henry Irene James Karen Lucas Maria Nadia Oscar "
     "Paula Quinn Robert Sarah Thomas Ursula Victor Wendy Xavier Yvonne Zachary Anna Boris Carlos "

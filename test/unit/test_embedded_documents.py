@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from recipes.embedded_model.documents import (  # noqa: E402
+from recipes.embedded_model.documents import (
     PLACES,
     TASKS,
     Question,
@@ -20,6 +16,7 @@ from recipes.embedded_model.documents import (  # noqa: E402
     place_question,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 _VALUE = r"(\w+(?: [A-Z]\w+)?)"
 _FACT = re.compile(rf"[Tt]he (\w+(?: \w+)?) of ([A-Z]\w+ [A-Z]\w+) is {_VALUE}\.")
 _FACT_WITH_HAS = re.compile(rf"(\w+ \w+) has the ([a-z]+(?: [a-z]+)?) {_VALUE}\.")
