@@ -125,7 +125,7 @@ def test_draining(tokenizer_directory: Path) -> None:
         assert kept.get("/readyz").status_code == 200
         began = time.monotonic()
         live.call(live.http.handle_exit, 15, None)
-        until(lambda: kept.get("/readyz").json()["status"] == "draining", 0.2)
+        until(lambda: kept.get("/readyz").json()["status"] == "draining", 1.0)
         assert kept.post("/generate", json=LONG).status_code == 503
         running.join(5)
         assert answers[0].status_code == 200
