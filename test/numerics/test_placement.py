@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sps_runtime.distributed.mesh import Mesh, shares
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.layers.placement import GroupLinks, ReplicatedTokens, place, unit_shares
+from sps_runtime.ops.dispatch import choose_ops
+from sps_runtime.ops.linear import choose_linear
 
 HIDDEN, UNIT, VOCAB = 20, 3, 23
 Q, KV = 12 * UNIT, 4 * UNIT
@@ -103,3 +105,19 @@ def test_a_block_on_a_group_is_the_block_on_one_rank(
 def test_columns_that_are_no_whole_units_are_refused() -> None:
     with pytest.raises(ValueError, match="units of 4"):
         unit_shares(10, 4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 17])
+def test_few_rows_take_the_kernel_and_give_the_same(rows: int, dtype: torch.dtype) -> None:
+    linear = choose_linear(choose_ops())
+    make = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 40, generator=make).to(dtype)
+    weight = torch.randn(30, 64, generator=make).to(dtype)[:, 8:48]
+    bias = torch.randn(30, generator=make).to(dtype)
+    for b in (None, bias):
+        want = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        error = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(linear(x, weight, b).double(), want, atol=error, rtol=error)
+    assert linear(x, weight[:0], None).shape == (rows, 0)
+    assert linear(x[:, :0], weight[:, :0], None).eq(0).all()

@@ -32,6 +32,7 @@ from sps_runtime.distributed.collectives import (
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.layers.step import LinearPlacement
+from sps_runtime.ops.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class WholeWeights:
     """SP-NTP: each rank multiplies its own tokens with its whole (TP slice of the) weights."""
 
     links: GroupLinks
+    multiply: Linear = F.linear
     whole: ClassVar[bool] = True
 
     def enter(self, x_TD: Tensor) -> Tensor:
@@ -73,10 +75,10 @@ class WholeWeights:
     def column(
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        return F.linear(x_TD, weight_ND, bias_N)
+        return self.multiply(x_TD, weight_ND, bias_N)
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
-        return F.linear(y_TN, weight_DN)
+        return self.multiply(y_TN, weight_DN, None)
 
     def leave(self, x_TD: Tensor) -> Tensor:
         return all_reduce(self.links.tp, x_TD, "linear")
@@ -96,16 +98,14 @@ class WholeWeights:
         return y_TN
 
 
-def cut_column(
-    sp: Communicator, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, unit: int
-) -> Tensor:
-    begin, end = unit_shares(weight_ND.shape[0], unit, sp.size)[sp.rank]
-    return F.linear(x_TD, weight_ND[begin:end], None if bias_N is None else bias_N[begin:end])
+def rows_of(weight_ND: Tensor, unit: int, sp: Communicator) -> slice:
+    """The rows of a weight that are this member's: its columns of the output."""
+    return slice(*unit_shares(weight_ND.shape[0], unit, sp.size)[sp.rank])
 
 
-def cut_row(sp: Communicator, y_TN: Tensor, weight_DN: Tensor, unit: int) -> Tensor:
-    begin, end = unit_shares(weight_DN.shape[1], unit, sp.size)[sp.rank]
-    return F.linear(y_TN, weight_DN[:, begin:end])
+def columns_of(weight_DN: Tensor, unit: int, sp: Communicator) -> slice:
+    """The columns of a weight that are this member's."""
+    return slice(*unit_shares(weight_DN.shape[1], unit, sp.size)[sp.rank])
 
 
 def gather_columns(comm: Communicator, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
@@ -144,6 +144,7 @@ class ShardedWeights:
 
     links: GroupLinks
     rows: tuple[int, ...]
+    multiply: Linear = F.linear
     whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
@@ -152,10 +153,12 @@ class ShardedWeights:
     def column(
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        return cut_column(self.links.sp, x_TD, weight_ND, bias_N, unit)
+        mine = rows_of(weight_ND, unit, self.links.sp)
+        return self.multiply(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
-        return cut_row(self.links.sp, y_TN, weight_DN, unit)
+        mine = columns_of(weight_DN, unit, self.links.sp)
+        return self.multiply(y_TN, weight_DN[:, mine], None)
 
     def leave(self, x_TD: Tensor) -> Tensor:
         mine_TD = reduce_scatter(self.links.sp, x_TD, self.rows, "linear")
@@ -191,6 +194,7 @@ class ReplicatedTokens:
     """TP over the whole group: every rank has all tokens and multiplies a share of the columns."""
 
     links: GroupLinks
+    multiply: Linear = F.linear
     whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
@@ -199,10 +203,12 @@ class ReplicatedTokens:
     def column(
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        return cut_column(self.links.sp, x_TD, weight_ND, bias_N, unit)
+        mine = rows_of(weight_ND, unit, self.links.sp)
+        return self.multiply(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
-        return cut_row(self.links.sp, y_TN, weight_DN, unit)
+        mine = columns_of(weight_DN, unit, self.links.sp)
+        return self.multiply(y_TN, weight_DN[:, mine], None)
 
     def leave(self, x_TD: Tensor) -> Tensor:
         return all_reduce(self.links.world, x_TD, "linear")
@@ -232,6 +238,7 @@ def place(
     arch: Literal["ntp", "tp"],
     links: GroupLinks,
     rows: Sequence[int],
+    multiply: Linear = F.linear,
 ) -> LinearPlacement:
     """The placement of one step.
 
@@ -239,9 +246,10 @@ def place(
         placement: the plan's.
         arch: what sharded tokens meet: whole weights (``ntp``) or cut ones (``tp``).
         rows: tokens of each member of the group, in the group's order.
+        multiply: how this rank multiplies (`ops.linear.choose_linear`).
     """
     if links.sp.size == 1 or (placement == "sharded" and arch == "ntp"):
-        return WholeWeights(links)
+        return WholeWeights(links, multiply)
     if placement == "sharded":
-        return ShardedWeights(links, tuple(rows))
-    return ReplicatedTokens(links)
+        return ShardedWeights(links, tuple(rows), multiply)
+    return ReplicatedTokens(links, multiply)

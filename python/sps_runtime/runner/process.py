@@ -22,6 +22,7 @@ from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
+from sps_runtime.ops.linear import choose_linear
 from sps_runtime.runner.assembly import Place, open_means
 from sps_runtime.runner.measure import measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
@@ -94,9 +95,14 @@ def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
     means = open_means(config, place, model.config, dtype, backend, child.fds)
     board = TokenBoard(map_memory(child.fds["board"]))
     runner = ModelRunner(
-        model, model.config.vocab_size, means, board, engine.parallel.arch,
+        model,
+        model.config.vocab_size,
+        means,
+        board,
+        engine.parallel.arch,
+        choose_linear(ops, engine.threads_per_rank),
         engine.watchdog_timeout_s,
-    )  # fmt: skip
+    )
     cache, vocab = engine.cache, model.config.vocab_size
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)
     link = measure_link(

@@ -27,6 +27,7 @@ from sps_runtime.models.arena import Arena
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
 from sps_runtime.ops.dispatch import choose_ops
+from sps_runtime.ops.linear import choose_linear
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import StepPlan, StepResult
@@ -97,7 +98,8 @@ class ThreadEngine:
         for pool in pools:  # a read of what nobody wrote must show
             pool.k.fill_(torch.nan)
             pool.v.fill_(torch.nan)
-        backend = choose_backend(choose_ops(), page_size=page_size, head_dim=config.head_dim)
+        ops = choose_ops()
+        backend = choose_backend(ops, page_size=page_size, head_dim=config.head_dim)
         world = ThreadWorld(sp * tp, timeout_s=30.0)
         fences = ThreadFences(sp * tp, config.num_layers, timeout_s=30.0)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
@@ -121,7 +123,15 @@ class ThreadEngine:
             )
             board = TokenBoard(boards[here])
             self.runners.append(
-                ModelRunner(self.models[rank], config.vocab_size, means, board, arch, 30.0)
+                ModelRunner(
+                    self.models[rank],
+                    config.vocab_size,
+                    means,
+                    board,
+                    arch,
+                    choose_linear(ops),
+                    token_timeout_s=30.0,
+                )
             )
         self._threads = threading.Thread(target=self._run, args=(world,), daemon=True)
         self._threads.start()
