@@ -10,29 +10,42 @@ from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.server import ServerConfig
 
 
+class CurveKeys(msgspec.Struct, frozen=True):
+    """Z85 keys of this host's side of links between hosts (`ipc.curve`)."""
+
+    public: str
+    secret: str
+    peer: str
+
+
 class Endpoints(msgspec.Struct, frozen=True):
-    """ZMQ endpoints of a run. Receivers bind, senders connect.
+    """ZMQ endpoints of a run. On one host receivers bind and senders connect; between hosts (TCP)
+    the scheduler binds both ways.
 
     Attributes:
         scheduler: frontend -> scheduler.
         frontend: scheduler -> frontend.
-        results: ranks -> scheduler.
+        results: ranks of this host -> scheduler.
         ranks: scheduler -> each global rank.
+        remote_results: ranks of other hosts -> scheduler, where there are any.
+        keys: of TCP endpoints.
     """
 
     scheduler: str
     frontend: str
     results: str
     ranks: tuple[str, ...]
+    remote_results: str = ""
+    keys: CurveKeys | None = None
 
 
 def local_endpoints(run_dir: Path, world_size: int) -> Endpoints:
     """Endpoints in a run directory, all on this host."""
     return Endpoints(
-        scheduler=f"ipc://{run_dir}/scheduler.ipc",
-        frontend=f"ipc://{run_dir}/frontend.ipc",
-        results=f"ipc://{run_dir}/results.ipc",
-        ranks=tuple(f"ipc://{run_dir}/rank-{rank}.ipc" for rank in range(world_size)),
+        scheduler=f"ipc://{run_dir}/scheduler",
+        frontend=f"ipc://{run_dir}/frontend",
+        results=f"ipc://{run_dir}/results",
+        ranks=tuple(f"ipc://{run_dir}/rank-{rank}" for rank in range(world_size)),
     )
 
 
@@ -54,7 +67,6 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     engine: EngineConfig
     endpoints: Endpoints
-    run_dir: str
     log: LogConfig = LogConfig()
 
 
@@ -74,5 +86,4 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: Endpoints
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    run_dir: str
     log: LogConfig = LogConfig()

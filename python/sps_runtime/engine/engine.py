@@ -72,7 +72,6 @@ class Engine:
                 endpoints=self._family.processes.endpoints,
                 eos_token_ids=model.eos_token_ids,
                 vocab_size=model.vocab_size,
-                run_dir=str(self._family.processes.run_dir.path),
                 log=log,
             )
             self._manager: TokenizerManager = self._loop.run(self._open())

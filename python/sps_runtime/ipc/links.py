@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
+
+from sps_runtime.ipc.curve import Curve
+from sps_runtime.ipc.peer_watch import PeerWatch
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -25,20 +27,6 @@ MAX_QUEUED_FRAMES = 100_000
 COPY_BELOW_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class Curve:
-    """CurveZMQ keys of one side of a TCP link, as Z85 text (`ipc.curve` derives them).
-
-    Attributes:
-        public, secret: this side's pair.
-        peer: the other side's public key; a connecting side refuses any other server.
-    """
-
-    public: bytes
-    secret: bytes
-    peer: bytes
-
-
 def _open(
     context: zmq.Context[zmq.Socket[bytes]],
     kind: int,
@@ -47,7 +35,8 @@ def _open(
     bind: bool,
     curve: Curve | None,
     max_frame_bytes: int,
-) -> zmq.Socket[bytes]:
+    watch_peer: bool = False,
+) -> tuple[zmq.Socket[bytes], PeerWatch | None]:
     """Open one socket. TCP without keys is refused: plain links exist on one host only."""
     if not endpoint.startswith(("ipc://", "inproc://")) and curve is None:
         raise ValueError(f"a link beyond this host needs keys: {endpoint}")
@@ -65,6 +54,9 @@ def _open(
             socket.setsockopt(zmq.CURVE_SERVER, 1)
         else:
             socket.setsockopt(zmq.CURVE_SERVERKEY, curve.peer)
+        if "[" in endpoint:
+            socket.setsockopt(zmq.IPV6, 1)
+    watch = PeerWatch(socket, endpoint, refusals_end=not bind) if watch_peer else None
     try:
         if bind:
             socket.bind(endpoint)
@@ -73,7 +65,7 @@ def _open(
     except zmq.ZMQError:
         socket.close()
         raise
-    return socket
+    return socket, watch
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -90,7 +82,7 @@ class Sender(Generic[T]):
     Args:
         context: the process's ZMQ context.
         endpoint: ``ipc://...``, or ``tcp://...`` with `curve`.
-        bind: let the sender be the side that binds (links to other hosts).
+        bind: let the sender be the side that binds (links to other hosts). It has one peer then.
     """
 
     def __init__(
@@ -104,8 +96,14 @@ class Sender(Generic[T]):
     ) -> None:
         self.endpoint = endpoint
         self._max = max_frame_bytes
-        self._socket = _open(
-            context, zmq.PUSH, endpoint, bind=bind, curve=curve, max_frame_bytes=max_frame_bytes
+        self._socket, self._watch = _open(
+            context,
+            zmq.PUSH,
+            endpoint,
+            bind=bind,
+            curve=curve,
+            max_frame_bytes=max_frame_bytes,
+            watch_peer=bind and curve is not None,
         )
 
     def send(self, message: T) -> None:
@@ -127,8 +125,15 @@ class Sender(Generic[T]):
         except zmq.Again:
             raise ConnectionError(f"the reader of {self.endpoint} does not read") from None
 
+    def check(self) -> None:
+        """Raise ConnectionError when the peer of a link between hosts is gone."""
+        if self._watch is not None:
+            self._watch.check()
+
     def close(self, linger_ms: int = 0) -> None:
         """Close; wait up to `linger_ms` (in the background) for queued messages to leave."""
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger_ms)
 
 
@@ -149,8 +154,14 @@ class _FrameReader(Generic[T]):
         self.dropped = 0
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
         self._max = max_frame_bytes
-        self.socket = _open(
-            context, zmq.PULL, endpoint, bind=bind, curve=curve, max_frame_bytes=max_frame_bytes
+        self.socket, self._watch = _open(
+            context,
+            zmq.PULL,
+            endpoint,
+            bind=bind,
+            curve=curve,
+            max_frame_bytes=max_frame_bytes,
+            watch_peer=not bind and curve is not None,
         )
 
     def take(self, limit: int = 1024) -> list[T]:
@@ -179,6 +190,8 @@ class _FrameReader(Generic[T]):
             logger.warning("dropped frame %d on %s: %s", self.dropped, self.endpoint, why)
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         self.socket.close()
 
 
@@ -196,13 +209,29 @@ class Receiver(_FrameReader[T]):
     """
 
     def receive(self, timeout_s: float | None = None) -> T | None:
-        """Return the next message, or None when none came within `timeout_s` (None: for ever)."""
-        loop_timeout = None if timeout_s is None else int(timeout_s * 1000)
+        """Return the next message, or None when none came within `timeout_s` (None: for ever).
+
+        Raises:
+            ConnectionError: the other side of a link between hosts is gone.
+        """
+        timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
         while True:
             if messages := self.take(1):
                 return messages[0]
-            if not self.socket.poll(loop_timeout):
+            if not self._wait(timeout_ms):
                 return None
+
+    def _wait(self, timeout_ms: int | None) -> bool:
+        """Wait for a frame; whether there may be one."""
+        if self._watch is None:
+            return bool(self.socket.poll(timeout_ms))
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self._watch.monitor, zmq.POLLIN)
+        ready = dict(poller.poll(timeout_ms))
+        if ready and self.socket not in ready:
+            self._watch.check()
+        return bool(ready)
 
 
 class AsyncReceiver(_FrameReader[T]):

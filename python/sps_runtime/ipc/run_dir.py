@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-PREFIX = "sps-run-"
+PREFIX = "spsr-"
 _MAX_SOCKET_PATH = 107  # sun_path, without its closing zero
 
 
@@ -31,7 +31,7 @@ class RunDir:
 
 
 def create_run_dir(parent: str | None = None) -> RunDir:
-    """Make ``sps-run-<128 random bits>``, mode 0700, and sweep what dead runs left beside it.
+    """Make ``spsr-<128 random bits>``, mode 0700, and sweep what dead runs left beside it.
 
     Raises:
         OSError: when the directory cannot be made, or its path leaves no room for a socket name.
@@ -40,9 +40,9 @@ def create_run_dir(parent: str | None = None) -> RunDir:
     sweep(base)
     name = secrets.token_urlsafe(16)
     path = base / f"{PREFIX}{name}"
-    if len(os.fsencode(path / "rank-1000.ipc")) > _MAX_SOCKET_PATH:
+    if len(os.fsencode(path / "rank-1000")) > _MAX_SOCKET_PATH:
         raise OSError(f"{base} is too long a path for sockets; set TMPDIR to a shorter one")
-    fresh = base / f"sps-new-{name}"  # renamed once locked, so that no sweep takes it for dead
+    fresh = base / f"new-{PREFIX}{name}"  # renamed once locked, so that no sweep takes it for dead
     fresh.mkdir(mode=0o700)
     lock_fd = os.open(fresh / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock_fd, fcntl.LOCK_EX)

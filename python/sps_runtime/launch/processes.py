@@ -1,10 +1,11 @@
-"""The scheduler and the ranks of one host, with the memory and the directory they share."""
+"""The processes of one host: ranks, and on node 0 the scheduler; and what they share."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
@@ -12,12 +13,12 @@ from sps_runtime.config.process import (
     LogConfig,
     RankConfig,
     SchedulerProcessConfig,
-    local_endpoints,
 )
 from sps_runtime.ipc.heartbeat import HEARTBEAT_BYTES, Heartbeat
 from sps_runtime.ipc.memory import create_memory
 from sps_runtime.ipc.process import Child, spawn
-from sps_runtime.ipc.run_dir import create_run_dir
+from sps_runtime.ipc.run_dir import RunDir, create_run_dir
+from sps_runtime.launch.nodes import first_node_endpoints, local_ranks, other_node_endpoints
 from sps_runtime.runner.token_board import board_bytes
 
 SCHEDULER_MODULE = "sps_runtime.scheduler.process"
@@ -33,21 +34,30 @@ class EngineProcesses:
     Nothing here has a name outside the run directory; when this process dies, memory goes with the
     last process that maps it.
 
+    Args:
+        secret: what the hosts of this engine share, where there are several.
+
     Attributes:
-        run_dir: `ipc.run_dir.RunDir`.
+        run_dir: of the sockets, on node 0; elsewhere None, because links go to node 0.
         endpoints: of all links.
         children: started so far, the scheduler first.
         heartbeat: the scheduler's.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, log: LogConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, log: LogConfig, secret: bytes = b""
+    ) -> None:
         self.config = config
         self.model = model
         self.log = log
         self.children: list[Child] = []
-        self.run_dir = create_run_dir()
-        self.endpoints = local_endpoints(self.run_dir.path, config.parallel.world_size)
-        ranks = self.local_ranks()
+        self.run_dir: RunDir | None = None
+        if config.parallel.node_rank == 0:
+            self.run_dir = create_run_dir()
+            self.endpoints = first_node_endpoints(config.parallel, self.run_dir.path, secret)
+        else:
+            self.endpoints = other_node_endpoints(config.parallel, secret)
+        ranks = local_ranks(config.parallel)
         self._memory = {f"kv.{rank}": create_memory(f"kv.{rank}") for rank in ranks}
         for name in ("fences", "links", "weights"):
             self._memory[name] = create_memory(name)
@@ -56,19 +66,14 @@ class EngineProcesses:
         self._heartbeat_fd = create_memory("heartbeat", HEARTBEAT_BYTES)
         self.heartbeat = Heartbeat(self._heartbeat_fd)
 
-    def local_ranks(self) -> range:
-        """Global ranks of this host."""
-        parallel = self.config.parallel
-        per_node = parallel.world_size // parallel.nnodes
-        return range(parallel.node_rank * per_node, (parallel.node_rank + 1) * per_node)
-
     def start(self) -> None:
         """Start scheduler and ranks; they report by their status lines when they are ready."""
-        self._start_scheduler()
-        for index, rank in enumerate(self.local_ranks()):
+        if self.run_dir is not None:
+            self._start_scheduler(self.run_dir.path)
+        for index, rank in enumerate(local_ranks(self.config.parallel)):
             self._start_rank(index, rank)
 
-    def _start_scheduler(self) -> None:
+    def _start_scheduler(self, run_dir: Path) -> None:
         settings = SchedulerProcessConfig(
             engine=self.config,
             endpoints=self.endpoints,
@@ -79,7 +84,7 @@ class EngineProcesses:
             settings,
             name="scheduler",
             fds={"heartbeat": self._heartbeat_fd},
-            removes=self.run_dir.path,
+            removes=run_dir,
         )
         self.children.append(child)
 
@@ -88,7 +93,6 @@ class EngineProcesses:
             rank=rank,
             engine=self.config,
             endpoints=self.endpoints,
-            run_dir=str(self.run_dir.path),
             log=self.log,
         )
         module = RANK_MODULES[self.config.device]
@@ -115,7 +119,8 @@ class EngineProcesses:
         for descriptor in (*self._memory.values(), self._heartbeat_fd):
             os.close(descriptor)
         self._memory.clear()
-        self.run_dir.remove()
+        if self.run_dir is not None:
+            self.run_dir.remove()
 
 
 def kill_all(children: Iterable[Child], number: int = signal.SIGKILL) -> None:

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from sps_runtime.config.environment import dist_key
 from sps_runtime.config.flags import parse
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.config.process import LogConfig
@@ -15,6 +16,7 @@ from sps_runtime.launch.processes import EngineProcesses
 from sps_runtime.launch.sizing import settle
 from sps_runtime.launch.supervisor import STOP_SIGNALS, Supervisor
 from sps_runtime.launch.watch import Watch
+from sps_runtime.launch.worker import Worker
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.errors import ConfigError
 
@@ -45,13 +47,19 @@ def serve(
     starts.
     """
     log = LogConfig(options.log_level, options.log_format)
+    parallel = options.parallel
     watch = Watch()
     with watch.signals(*STOP_SIGNALS):
         try:
-            listener = bind_http(server, allow_unauthenticated=allow_unauthenticated)
+            listener = None
+            if parallel.node_rank == 0:
+                listener = bind_http(server, allow_unauthenticated=allow_unauthenticated)
             directory, model = check_model(options)
-            engine = EngineProcesses(settle(options, model, directory), model, log)
+            secret = dist_key(options.dist_key_file) if parallel.nnodes > 1 else b""
+            engine = EngineProcesses(settle(options, model, directory), model, log, secret)
         except (ConfigError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        if listener is None:
+            return Worker(engine, watch).run()
         return Supervisor(engine, server, listener, watch).run()

@@ -63,6 +63,8 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
 def _device(options: EngineOptions) -> Literal["cpu", "cuda", "echo"]:
     if options.device == "auto":
         return "cpu"
+    if options.device == "echo" and options.parallel.nnodes > 1:
+        raise ConfigError("device echo runs on one host: its ranks read one another's memory")
     if options.device == "cuda":
         raise ConfigError("device cuda: this version has no attention backend for GPUs; use cpu")
     return options.device
@@ -91,9 +93,11 @@ def _pages_per_rank(options: EngineOptions, model: ModelConfig, dtype: str, page
     per_token = kv_bytes_per_token(model, tp_size, _ITEMSIZE[dtype])
     if options.device == "echo":
         per_token = ECHO_BYTES_PER_TOKEN
+    if options.parallel.nnodes > 1:  # all hosts must choose the same, whatever memory they have
+        return DEFAULT_TOKENS_CAP // (sp_size * page_size)
     free = available_memory()
     share = options.mem_fraction_static or DEFAULT_KV_SHARE
-    tokens = int(free * share) // per_token * options.parallel.nnodes
+    tokens = int(free * share) // per_token
     if options.mem_fraction_static is None:
         tokens = min(tokens, DEFAULT_TOKENS_CAP)
     pages = tokens // (sp_size * page_size)

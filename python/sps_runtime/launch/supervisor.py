@@ -91,11 +91,10 @@ class Supervisor:
             endpoints=engine.endpoints,
             eos_token_ids=engine.model.eos_token_ids,
             vocab_size=engine.model.vocab_size,
-            run_dir=str(engine.run_dir.path),
             log=engine.log,
         )
         fds = {"http": self._listener.fileno()}
-        run_dir = engine.run_dir.path
+        run_dir = engine.run_dir.path if engine.run_dir else None
         self._http = spawn(HTTP_MODULE, settings, name="http", fds=fds, removes=run_dir)
         for child in self._children():
             self._watch.add(child)

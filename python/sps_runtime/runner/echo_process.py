@@ -18,6 +18,7 @@ from sps_runtime.ipc.links import Receiver, Sender, new_context
 from sps_runtime.ipc.memory import map_memory
 from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.runner.echo import EMPTY, EchoMemory, EchoRank
+from sps_runtime.runner.links import open_links
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.messages import FromRank, LinkCost, RankReady, StopEngine, ToRank
 
@@ -41,8 +42,7 @@ def run(child: ChildContext[RankConfig]) -> None:
         memory.board.fill(EMPTY)
     vocab = load_model_config(engine.model_path).vocab_size
     context = new_context()
-    plans: Receiver[ToRank] = Receiver(context, config.endpoints.ranks[config.rank], ToRank)
-    results: Sender[FromRank] = Sender(context, config.endpoints.results)
+    plans, results = open_links(context, config)
     ready = RankReady(
         rank=config.rank,
         pages=engine.cache.pages_per_rank,

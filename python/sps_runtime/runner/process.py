@@ -24,6 +24,7 @@ from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.linear import choose_linear
 from sps_runtime.runner.assembly import Place, open_means
+from sps_runtime.runner.links import open_links
 from sps_runtime.runner.measure import measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard
@@ -47,8 +48,7 @@ def main() -> None:
 def run(child: ChildContext[RankConfig]) -> None:
     """Serve until told to stop."""
     config, context = child.config, new_context()
-    plans: Receiver[ToRank] = Receiver(context, config.endpoints.ranks[config.rank], ToRank)
-    results: Sender[FromRank] = Sender(context, config.endpoints.results)
+    plans, results = open_links(context, config)
     try:
         runner, ready = start(child)
         results.send(ready)

@@ -46,17 +46,28 @@ STATE_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Links:
-    """The scheduler's ends of its links. `ranks` by global rank."""
+    """The scheduler's ends of its links. `ranks` by global rank; `results` from this host's ranks,
+    and from those of other hosts where there are any."""
 
     context: zmq.Context[zmq.Socket[bytes]]
     requests: Receiver[ToScheduler]
-    results: Receiver[FromRank]
+    results: Sequence[Receiver[FromRank]]
     frontend: Sender[ToFrontend]
     ranks: Sequence[Sender[ToRank]]
 
+    def take_results(self) -> list[FromRank]:
+        """What ranks have said, of each in order."""
+        return [message for receiver in self.results for message in receiver.take()]
+
+    def check(self) -> None:
+        """Raise ConnectionError when a rank of another host is gone."""
+        for rank in self.ranks:
+            rank.check()
+
     def close(self) -> None:
         """Close all; what is queued may leave within half a second."""
-        for receiver in (self.requests, self.results):
+        self.requests.close()
+        for receiver in self.results:
             receiver.close()
         self.frontend.close(linger_ms=500)
         for rank in self.ranks:
@@ -134,7 +145,8 @@ class SchedulerLoop:
         self._next_state = clock()
         self._stopping = False
         self._poller = zmq.Poller()
-        for receiver in (links.requests, links.results):
+        self._poller.register(links.requests.socket, zmq.POLLIN)
+        for receiver in links.results:
             self._poller.register(receiver.socket, zmq.POLLIN)
 
     def run(self) -> None:
@@ -149,7 +161,7 @@ class SchedulerLoop:
 
     def turn(self) -> None:
         """Take what is here, plan, send."""
-        for result in self._links.results.take():
+        for result in self._links.take_results():
             self._take_result(result)
         for message in self._links.requests.take():
             self._take_request(message)
@@ -158,6 +170,7 @@ class SchedulerLoop:
         self._send_news()
         self._heartbeat.beat()
         self._watchdog.check()
+        self._links.check()
         if self._clock() >= self._next_state:
             self._send_state(call=0)
 

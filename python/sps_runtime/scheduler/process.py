@@ -6,15 +6,18 @@ import logging
 import time
 from collections.abc import Mapping
 
+import zmq
+
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig, load_model_config
 from sps_runtime.config.process import SchedulerProcessConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
+from sps_runtime.ipc.curve import Curve
 from sps_runtime.ipc.heartbeat import Heartbeat
 from sps_runtime.ipc.links import Receiver, Sender, new_context
 from sps_runtime.ipc.process import ChildContext, child_context
-from sps_runtime.scheduler.loop import Links, SchedulerLoop, Watchdog
+from sps_runtime.scheduler.loop import TURN_MS, Links, SchedulerLoop, Watchdog
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.errors import ConfigError
@@ -45,7 +48,7 @@ def run(child: ChildContext[SchedulerProcessConfig]) -> None:
     config = child.config
     links = _open_links(config)
     try:
-        ready = _wait_for_ranks(links.results, config.engine)
+        ready = _wait_for_ranks(links, config.engine)
         loop = SchedulerLoop(
             make_scheduler(config.engine, load_model_config(config.engine.model_path), ready),
             links,
@@ -104,33 +107,56 @@ def _model_shape(config: EngineConfig, model: ModelConfig) -> ModelShape:
 
 def _open_links(config: SchedulerProcessConfig) -> Links:
     context, endpoints = new_context(), config.endpoints
+    keys = endpoints.keys
+    curve = Curve.from_text(keys.public, keys.secret, keys.peer) if keys else None
     requests: Receiver[ToScheduler] = Receiver(context, endpoints.scheduler, ToScheduler)
-    results: Receiver[FromRank] = Receiver(context, endpoints.results, FromRank)
+    results: list[Receiver[FromRank]] = [Receiver(context, endpoints.results, FromRank)]
+    if endpoints.remote_results:
+        results.append(Receiver(context, endpoints.remote_results, FromRank, curve=curve))
     frontend: Sender[ToFrontend] = Sender(context, endpoints.frontend)
-    ranks: list[Sender[ToRank]] = [Sender(context, endpoint) for endpoint in endpoints.ranks]
-    return Links(context, requests, results, frontend, ranks)
+    return Links(
+        context, requests, results, frontend, [_to_rank(context, e, curve) for e in endpoints.ranks]
+    )
 
 
-def _wait_for_ranks(results: Receiver[FromRank], config: EngineConfig) -> dict[int, RankReady]:
-    """Wait until every rank is loaded and warm. The supervisor sees those that die before.
+def _to_rank(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, curve: Curve | None
+) -> Sender[ToRank]:
+    """Plans to one rank; the scheduler binds where the rank is on another host."""
+    if endpoint.startswith("tcp://"):
+        return Sender(context, endpoint, bind=True, curve=curve)
+    return Sender(context, endpoint)
+
+
+def _wait_for_ranks(links: Links, config: EngineConfig) -> dict[int, RankReady]:
+    """Wait until every rank is loaded and warm. The supervisor sees those of this host that die.
 
     Raises:
         ConfigError: when a rank's pool is not what was planned.
+        ConnectionError: a rank of another host is gone.
     """
+    poller = zmq.Poller()
+    for receiver in links.results:
+        poller.register(receiver.socket, zmq.POLLIN)
     ready: dict[int, RankReady] = {}
     while len(ready) < config.parallel.world_size:
-        message = results.receive()
-        if not isinstance(message, RankReady):
-            logger.warning("a rank answers before it is ready")
-            continue
-        if message.pages != config.cache.pages_per_rank:
-            raise ConfigError(
-                f"rank {message.rank} has {message.pages} pages instead of "
-                f"{config.cache.pages_per_rank}"
-            )
-        ready[message.rank] = message
-        logger.info("rank %d is ready: %s", message.rank, message.detail)
+        poller.poll(TURN_MS)
+        links.check()
+        for message in links.take_results():
+            if isinstance(message, RankReady):
+                _check_rank(message, config)
+                ready[message.rank] = message
+                logger.info("rank %d is ready: %s", message.rank, message.detail)
     return ready
+
+
+def _check_rank(ready: RankReady, config: EngineConfig) -> None:
+    pages = config.cache.pages_per_rank
+    if ready.pages != pages:
+        raise ConfigError(
+            f"rank {ready.rank} has {ready.pages} pages instead of {pages}: start all hosts with "
+            "the same settings"
+        )
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ class ProcessEngine:
                 rank=rank,
                 engine=config,
                 endpoints=endpoints,
-                run_dir=str(self.run_dir.path),
                 log=LogConfig("warning"),
             )
             environment = {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import msgspec
 import pytest
 import zmq
 
-from sps_runtime.ipc.links import AsyncReceiver, Curve, Receiver, Sender, new_context
+from sps_runtime.ipc.curve import Curve, derive_keys
+from sps_runtime.ipc.links import AsyncReceiver, Receiver, Sender, new_context
 from sps_runtime.types.messages import Abort, GetState, ToScheduler
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import SamplingParams
@@ -125,3 +129,72 @@ def test_tcp_without_keys_is_refused_and_with_keys_works(context: zmq.Context) -
     )
     stranger.send(Abort("forged"))
     assert receiver.receive(0.2) is None
+
+
+def test_between_hosts_both_sides_see_the_other_go(context: zmq.Context) -> None:
+    """And knocking strangers are no reason to think so."""
+    server, client = derive_keys(b"a secret of some length")
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    sender: Sender[ToScheduler] = Sender(context, address, bind=True, curve=server)
+    elsewhere = new_context()
+    receiver: Receiver[ToScheduler] = Receiver(
+        elsewhere, address, ToScheduler, bind=False, curve=client
+    )
+    send_when_connected(sender, GetState(1))
+    assert receiver.receive(5.0) == GetState(1)
+    for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" + bytes(8) + b"\x7f\x03" + bytes(53)):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(greeting)
+            time.sleep(0.1)
+    wrong: Receiver[ToScheduler] = Receiver(
+        elsewhere, address, ToScheduler, bind=False, curve=derive_keys(b"another secret")[1]
+    )
+    with pytest.raises(ConnectionError, match="is the secret the same"):
+        wrong.receive(5.0)
+    wrong.close()
+    time.sleep(0.1)
+    sender.check()
+    sender.send(GetState(2))
+    assert receiver.receive(5.0) == GetState(2)
+    receiver.close()
+    elsewhere.term()
+    with pytest.raises(ConnectionError, match="is gone"):
+        for _ in range(100):
+            time.sleep(0.02)
+            sender.check()
+
+
+def test_a_rank_sees_the_scheduler_go_though_it_only_waits(context: zmq.Context) -> None:
+    server, client = derive_keys(b"a secret of some length")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    elsewhere = new_context()
+    sender: Sender[ToScheduler] = Sender(elsewhere, address, bind=True, curve=server)
+    receiver: Receiver[ToScheduler] = Receiver(
+        context, address, ToScheduler, bind=False, curve=client
+    )
+    send_when_connected(sender, GetState(1))
+    assert receiver.receive(5.0) == GetState(1)
+    closing = threading.Timer(0.2, sender.close)
+    closing.start()
+    with pytest.raises(ConnectionError, match="is gone"):
+        receiver.receive(5.0)
+    closing.join()
+    elsewhere.term()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def send_when_connected(sender: Sender[ToScheduler], message: ToScheduler) -> None:
+    for _ in range(250):
+        try:
+            sender.send(message)
+            return
+        except ConnectionError:
+            time.sleep(0.02)
+    raise AssertionError("nobody connects")
