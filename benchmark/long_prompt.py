@@ -55,18 +55,21 @@ class Question:
     lengths: tuple[int, ...]
     setups: tuple[Setup, Setup]
     new_tokens: int = 33
-    rounds: int = 2
+    rounds: int = 1
 
 
-QUICK = (Question("embedded", (2048,), (setup(1), setup(2)), rounds=1),)
+QUICK = (Question("embedded", (2048,), (setup(1), setup(2))),)
 FULL = (
-    Question("embedded", (2048, 8192, 32768), (setup(1), setup(2))),
-    Question("0.5b", (512, 2048, 8192, 16384), (setup(1), setup(2))),
+    Question("0.5b", (512, 2048, 8192), (setup(1), setup(2)), rounds=2),
+    Question("0.5b", (16384,), (setup(1), setup(2))),
     Question("0.5b", (8192,), (setup(2, strategy="pass-kv"), setup(2, strategy="pass-q"))),
     Question("0.5b", (8192,), (setup(2, strategy="ulysses"), setup(1, tp=2))),
     Question("0.5b", (2048,), (setup(2, arch="tp"), setup(2))),
     Question("gqa8", (2048, 8192), (setup(1), setup(2))),
+    Question("embedded", (2048, 8192, 32768), (setup(1), setup(2))),
 )
+DECODED = 129
+"""Tokens of the run that measures a decode step's overhead, after a prompt of one page."""
 
 
 def flops(shape: dict[str, int], tokens: int) -> float:
@@ -105,6 +108,16 @@ def one(server: Server, length: int, new_tokens: int, rng: random.Random) -> dic
     return {"ttft_s": stream.ttft, "gaps_s": stream.gaps, "counters": grown}
 
 
+def overhead(row: dict[str, Any], side: Setup) -> float:
+    """The share of a decode's wall time in which a rank was in no step: HTTP, scheduling, links.
+
+    The prefill of one page is counted in, on both sides of the division.
+    """
+    counters = row["counters"]
+    inside = counters["compute_seconds_total"] + counters["exposed_seconds_total"]
+    return 1.0 - inside / side.ranks / (row["ttft_s"] + sum(row["gaps_s"]))
+
+
 def ask(question: Question, model: list[str], rng: random.Random) -> list[dict[str, Any]]:
     """Run one question A B B A; return raw rows."""
     rows = []
@@ -120,6 +133,8 @@ def ask(question: Question, model: list[str], rng: random.Random) -> list[dict[s
                     row = one(server, length, question.new_tokens, rng)
                     rows.append({"setup": side.name, "length": length, "ranks": side.ranks, **row})
         for side, server in ((a, server_a), (b, server_b)):
+            row = one(server, PAGE, DECODED, rng)
+            rows.append({"setup": side.name, "ranks": side.ranks, "overhead": overhead(row, side)})
             memory = {"peak_pss_bytes": server.peak_pss_bytes, "ready_s": server.ready_s}
             rows.append({"setup": side.name, **memory})
     return rows
@@ -132,6 +147,8 @@ def figures_of(question: Question, rows: list[dict[str, Any]]) -> dict[str, floa
     for side in question.setups:
         mine = [row for row in rows if row["setup"] == side.name]
         for row in mine:
+            if "overhead" in row:
+                figures[f"step_overhead_share_{model}_{side.name}"] = row["overhead"]
             if "peak_pss_bytes" in row:
                 figures[f"peak_pss_gb_{model}_{side.name}"] = row["peak_pss_bytes"] / 1e9
                 figures[f"ready_s_{model}_{side.name}"] = row["ready_s"]
