@@ -17,11 +17,11 @@ SYSTEM_MESSAGES = (
     "Read the document and answer the question.",
 )
 TASK_WEIGHTS = {
-    "single": 0.15,
-    "lookalike": 0.3,
-    "multi": 0.15,
-    "chain": 0.15,
-    "count": 0.1,
+    "single": 0.12,
+    "lookalike": 0.25,
+    "multi": 0.2,
+    "chain": 0.13,
+    "count": 0.15,
     "mixed": 0.15,
 }
 OPEN_SHARE = 0.1  # documents with invented names and words

@@ -133,7 +133,7 @@ class Trainer:
         level = self.progress.level
         recap = rng.random() < self.arguments.recap_share
         if not recap:
-            level = min(level, 1 + int(rng.expovariate(0.45)))
+            level = min(level, 1 + int(rng.expovariate(0.35)))
         elif level > 1 and rng.random() > self.arguments.top_share:
             level = rng.randrange(max(1, level - 4), level)
         return 64 << level, recap
