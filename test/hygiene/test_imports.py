@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from test.hygiene.lint import PACKAGE
@@ -46,11 +46,14 @@ def test_torch_never_comes_along(package: str) -> None:
 
 
 def test_the_launcher_imports_fast_and_without_torch() -> None:
+    """In seconds of CPU: what else runs on this machine is no fault of ours."""
+
     def seconds(module: str) -> float:
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run(f"import {module}, sys; assert 'torch' not in sys.modules")
-        return time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     bare = min(seconds("json") for _ in range(3))
-    ours = min(seconds("sps_runtime.launch_server") for _ in range(5))
+    ours = min(seconds("sps_runtime.launch_server") for _ in range(4))
     assert ours - bare < LAUNCH_SERVER_S, f"{ours:.2f} s with {bare:.2f} s of bare Python"

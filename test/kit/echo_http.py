@@ -46,19 +46,20 @@ class EchoHttp:
     Args:
         model: the model's directory.
         arguments: of the command line, in addition.
+        device: of the ranks.
 
     Attributes:
         url: where it serves.
         temporary: its TMPDIR: what is left there when it has ended is a leak.
     """
 
-    def __init__(self, model: Path, *arguments: str) -> None:
+    def __init__(self, model: Path, *arguments: str, device: str = "echo") -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="t")
         self.temporary = Path(self._directory.name)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = self.temporary.parent / f"{self.temporary.name}.log"
-        command = [sys.executable, "-m", "sps_runtime.launch_server", "--device", "echo"]
+        command = [sys.executable, "-m", "sps_runtime.launch_server", "--device", device]
         command += ["--model-path", str(model), "--port", str(self.port), *arguments]
         path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
         with open(self.log, "wb") as log:

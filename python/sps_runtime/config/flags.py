@@ -138,7 +138,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--load-format", default="auto", choices=["auto", "safetensors", "dummy"])
     add("--context-length", type=int, help="longest prompt plus answer; the model's unless told")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "echo"], help=_ECHO_HELP)
-    add("--attention-backend", default="auto")
+    add("--attention-backend", default="auto", choices=["auto", "sps_kernel", "torch"])
     add("--random-seed", type=int, default=0)
     add("--echo-delay", type=float, default=0.0, help="seconds of a step of --device echo")
 

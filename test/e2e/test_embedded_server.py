@@ -1,0 +1,78 @@
+"""What `make serve` starts: the embedded model on two CPU ranks, the real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from test.kit.echo_engine import alive, eventually
+from test.kit.echo_http import EchoHttp, Stream
+
+GREEDY = {"temperature": 0, "max_new_tokens": 12}
+DOCUMENT = "The weather was fine and the streets were quiet. " * 120
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EchoHttp]:
+    with EchoHttp(Path("embedded"), "--sp-size", "2", device="cpu") as running:
+        running.wait_ready(60.0)
+        yield running
+
+
+def generate(server: EchoHttp, text: str) -> dict:
+    body = {"text": text, "sampling_params": GREEDY}
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_a_long_prompt_is_answered_and_cached(server: EchoHttp) -> None:
+    cold = generate(server, DOCUMENT)
+    warm = generate(server, DOCUMENT)
+    assert cold["output_ids"] and cold["output_ids"] == warm["output_ids"]
+    assert cold["meta_info"]["cached_tokens"] == 0
+    assert warm["meta_info"]["cached_tokens"] > 500
+
+
+def listening_ports(pids: list[int]) -> set[int]:
+    """TCP ports that any of these processes listens on."""
+    inodes = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(entry)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                ports.add(int(fields[1].rsplit(":", 1)[1], 16))
+    return ports
+
+
+def test_http_is_the_only_listener(server: EchoHttp) -> None:
+    pids = [server.process.pid, *server.children().values()]
+    assert listening_ports(pids) == {server.port}
+
+
+def test_a_killed_rank_ends_it(server: EchoHttp) -> None:  # the last of this module
+    children = server.children()
+    stream = Stream(server, 20_000)
+    assert stream.started.wait(10)
+    began = time.monotonic()
+    os.kill(children["rank-1"], signal.SIGKILL)
+    stream.join(4.0)
+    assert stream.outcome == "error event"
+    assert server.process.wait(5.0) == 1
+    eventually(lambda: not any(map(alive, children.values())), 1.0, "the tree is gone")
+    assert not list(server.temporary.iterdir())
+    assert time.monotonic() - began < 5.0
