@@ -5,6 +5,7 @@
 #include "kernels/elementwise_kernel.h"
 #include "kernels/gemm_kernel.h"
 #include "kernels/merge_kernel.h"
+#include "kernels/sampling_kernel.h"
 #include "sps/kernel_table.h"
 
 namespace sps {
@@ -19,6 +20,8 @@ static const KernelTable table = {
     rms_norm_range,
     silu_mul_range,
     rope_range,
+    load_logits,
+    exp_weights,
 };
 
 }  // namespace SPS_ISA_NS

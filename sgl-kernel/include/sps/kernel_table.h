@@ -21,6 +21,8 @@ struct KernelTable {
   void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end);
   void (*rope_kv_write)(const RopeParams&, int64_t begin, int64_t end);
+  float (*load_logits)(const char* src, bool bf16, int64_t n, float* dst);
+  void (*exp_weights)(const float* x, int64_t n, float shift, float scale, float* p);
 };
 
 const KernelTable& generic_table();

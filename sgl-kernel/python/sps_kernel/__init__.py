@@ -19,6 +19,7 @@ from sps_kernel.fence import (
 )
 from sps_kernel.gemm import gemv, small_gemm
 from sps_kernel.merge import merge_n_states, merge_states
+from sps_kernel.sampling import sample
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_kv_write",
+    "sample",
     "set_isa",
     "silu_mul",
     "small_gemm",

@@ -1,0 +1,40 @@
+// Python's view of sampling.
+#include <cmath>
+
+#include "bind/module.h"
+#include "bind/tensor.h"
+#include "sps/sampling.h"
+
+namespace sps::bind {
+namespace {
+
+void check(bool ok, const char* message) {
+  if (!ok) value_error(message);
+}
+
+int64_t py_sample(nb::handle logits_, double uniform, double temperature, int64_t top_k,
+                  double top_p, double min_p) {
+  const Tensor logits(logits_, "logits");
+  logits.need_ndim(1).need_float().need_contiguous();
+  check(logits.shape[0] >= 1 && logits.shape[0] <= INT32_MAX, "logits: bad length");
+  check(uniform >= 0 && uniform < 1, "uniform must be in [0, 1)");
+  check(temperature >= 0 && std::isfinite(temperature), "temperature must be finite and >= 0");
+  check(top_p > 0 && top_p <= 1, "top_p must be in (0, 1]");
+  check(min_p >= 0 && min_p <= 1, "min_p must be in [0, 1]");
+  const SamplingParams p{logits.data, logits.shape[0], logits.dtype == DType::kBf16,
+                         temperature, top_k,           top_p,
+                         min_p,       uniform};
+  int64_t token;
+  {
+    nb::gil_scoped_release release;
+    token = sample(p);
+  }
+  check(token >= 0, "logits: no value above -inf");
+  return token;
+}
+
+}  // namespace
+
+void bind_sampling(nb::module_& m) { m.def("sample", &py_sample); }
+
+}  // namespace sps::bind
