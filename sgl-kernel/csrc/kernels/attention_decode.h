@@ -17,13 +17,10 @@ constexpr int kDecodeKeys = 8;
 #endif
 
 // Pages lie anywhere, and rows of a page are read side by side: the hardware's prefetchers do not
-// follow. So values are asked for while their keys are multiplied, and the keys of the next step
-// while this one's values are.
-static inline void prefetch_rows(const char* row, int64_t stride, int row_bytes) {
-  for (int i = 0; i < kTile; ++i, row += stride)
-    for (int b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-}
-
+// follow. So the next step's keys are asked for while this one's are multiplied, and its values
+// with this one's values: into the second-level cache, which has the more misses in flight, and a
+// line at a time, for bursts stall. A tile has as many lines as scores_micro has steps. Rows that
+// do not lie one behind the other are asked for at wrong addresses: harmless, and slower.
 // The tiles of one step, and those of the next.
 struct DecodeTiles {
   Tile tile[kDecodeTiles];
@@ -33,7 +30,7 @@ struct DecodeTiles {
 // Adds the weighted values of n tiles to NR registers of columns of R output rows (o [R, d]).
 template <class M, class V, int NR, int R>
 static inline void decode_values(const float* p, const DecodeTiles& tiles,
-                                 const DecodeTiles* next, int col, int d, const float* alpha,
+                                 const DecodeTiles& next, int col, int d, const float* alpha,
                                  float* o) {
   typename V::reg acc[R][NR];
 #pragma GCC unroll 8
@@ -42,11 +39,13 @@ static inline void decode_values(const float* p, const DecodeTiles& tiles,
     for (int i = 0; i < NR; ++i)
       acc[r][i] = V::mul(V::load(o + r * d + col + i * V::W), V::set1(alpha[r]));
   constexpr int kBytes = M::kConvert ? 4 : M::kElemBytes;
+  // Lines of a tile that each step of each group of columns asks for.
+  constexpr int kLines = kTile * NR * V::W * M::kElemBytes / 64 / (kTile / M::kPerCell);
   for (int t = 0; t < tiles.n; ++t) {
     const char* row = tiles.tile[t].v + static_cast<int64_t>(col) * kBytes;
     const int64_t stride = tiles.tile[t].v_stride;
-    if (next != nullptr && t < next->n)
-      prefetch_rows(next->tile[t].k, next->tile[t].k_stride, d * M::kElemBytes);
+    const Tile& soon = t < next.n ? next.tile[t] : tiles.tile[t];
+    const char* ahead = soon.v + static_cast<int64_t>(col) * kTile * M::kElemBytes;
     for (int step = 0; step < kTile / M::kPerCell; ++step) {
       typename V::reg vals[NR];
       M::template load_values<V, NR>(row, stride, vals);
@@ -56,6 +55,9 @@ static inline void decode_values(const float* p, const DecodeTiles& tiles,
 #pragma GCC unroll 2
         for (int i = 0; i < NR; ++i) acc[r][i] = M::template dot<V>(vals[i], b, acc[r][i]);
       }
+#pragma GCC unroll 4
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+      ahead += 64 * kLines;
       row += stride * M::kPerCell;
       p += kDecodeRows;
     }
@@ -72,10 +74,9 @@ static void decode_values_all(const float* p, const DecodeTiles& tiles, const De
   int c = 0;
 #ifdef SPS_WIDE_REGISTERS
   for (; c + 2 * Wide::W <= d; c += 2 * Wide::W)
-    decode_values<M, Wide, 2, R>(p, tiles, c == 0 ? &next : nullptr, c, d, alpha, o);
+    decode_values<M, Wide, 2, R>(p, tiles, next, c, d, alpha, o);
 #endif
-  for (; c < d; c += Narrow::W)
-    decode_values<M, Narrow, 1, R>(p, tiles, c == 0 ? &next : nullptr, c, d, alpha, o);
+  for (; c < d; c += Narrow::W) decode_values<M, Narrow, 1, R>(p, tiles, next, c, d, alpha, o);
 }
 
 template <class M>
@@ -98,20 +99,22 @@ template <class M>
 static void decode_step(const AttentionParams& p, const AttentionUnit& u, PrefillState<M>& st,
                         float* s, DecodeTiles& tiles, const DecodeTiles& next, Reach any,
                         Reach full) {
-  const int row_bytes = p.d * M::kElemBytes;
+  const int64_t row_bytes = static_cast<int64_t>(p.d) * M::kElemBytes;
   const int64_t tile_cells = static_cast<int64_t>(kTile) * p.d / M::kPerCell;
   alignas(64) float mx[kDecodeRows], alpha[kDecodeRows];
   for (int i = 0; i < kDecodeRows; ++i) mx[i] = -INFINITY;
   const RowBounds bounds{st.lo, st.hi};
   for (int t = 0; t < tiles.n; ++t) {
     Tile& tile = tiles.tile[t];
+    const Tile& soon = t < next.n ? next.tile[t] : tile;
+    const char* ahead = soon.k;
     const RowBounds* masked = within(tile, full) ? nullptr : &bounds;
-    prefetch_rows(tile.v, tile.v_stride, row_bytes);
     if (M::kConvert) convert_keys<M>(tile, p.d, st.k_buf);
     for (int i = 0; i < kTile; i += kDecodeKeys)
-      scores_micro<M, Narrow, 1, kDecodeKeys>(
+      scores_micro<M, Narrow, 1, kDecodeKeys, true>(
           st.q, kDecodeRows, tile.k + static_cast<int64_t>(i) * tile.k_stride, tile.k_stride,
-          st.steps, tile.pos + i, masked, s + (t * kTile + i) * kDecodeRows, mx);
+          st.steps, tile.pos + i, masked, s + (t * kTile + i) * kDecodeRows, mx,
+          ahead + i * row_bytes);
     if (M::kConvert || !within(tile, any))
       copy_values<M>(tile, any, p.d, reinterpret_cast<char*>(st.v_buf + t * tile_cells));
   }

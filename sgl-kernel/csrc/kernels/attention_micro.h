@@ -16,17 +16,19 @@ struct RowBounds {
 };
 
 // Scores of KT keys against NV registers of rows: s[key][row], rows `stride` floats apart;
-// raises the running maximum mx[row]. When `bounds` is given, forbidden scores become -inf.
-template <class M, class V, int NV, int KT>
+// raises the running maximum mx[row]. When `bounds` is given, forbidden scores become -inf. With
+// kAhead, one cache line from `ahead` on is asked for at each step.
+template <class M, class V, int NV, int KT, bool kAhead = false>
 static inline void scores_micro(const float* q, int64_t stride, const char* k, int64_t k_stride,
                                 int steps, int pos, const RowBounds* bounds, float* s,
-                                float* mx) {
+                                float* mx, const char* ahead = nullptr) {
   typename V::reg acc[KT][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < KT; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = V::zero();
   for (int c = 0; c < steps; ++c) {
+    if (kAhead) __builtin_prefetch(ahead + 64 * c, 0, 2);
     typename V::reg qv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) qv[v] = V::load(q + c * stride + v * V::W);
