@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sps_runtime.layers.linear import ColumnLinear, RowLinear
 from sps_runtime.layers.norm import RMSNorm
-from sps_runtime.layers.rope import Rotation
 from sps_runtime.layers.step import StepContext
+from sps_runtime.ops.elementwise import Rotate
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Attention:
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
 
-    def __call__(self, x_TD: Tensor, rotate: Rotation, step: StepContext) -> Tensor:
+    def __call__(self, x_TD: Tensor, rotate: Rotate, step: StepContext) -> Tensor:
         """``[my tokens, hidden]`` -> the same."""
         linear, unit = step.linear, self.head_dim
         parts = self.qkv(linear, linear.enter(x_TD))
@@ -45,10 +45,11 @@ class Attention:
             q_THD = self.q_norm(q_THD)
         if self.k_norm is not None:
             k_TKD = self.k_norm(k_TKD)
+        q_THD, k_TKD = rotate(q_THD, k_TKD)
         o_THD = step.attend(
             self.layer,
-            rotate(q_THD),
-            rotate(k_TKD),
+            q_THD,
+            k_TKD,
             v_TKD,
             scale=unit**-0.5,
             window=self.window,

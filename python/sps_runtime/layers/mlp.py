@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sps_runtime.layers.linear import ColumnLinear, RowLinear
 from sps_runtime.layers.step import LinearPlacement
+from sps_runtime.ops.elementwise import Elementwise
 
 
 class GatedMLP:
     """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
 
-    def __init__(self, gate_up: ColumnLinear, down: RowLinear) -> None:
+    def __init__(self, gate_up: ColumnLinear, down: RowLinear, elementwise: Elementwise) -> None:
         self.gate_up, self.down = gate_up, down
+        self._silu_mul = elementwise.silu_mul
 
     def __call__(self, linear: LinearPlacement, x_TD: Tensor) -> Tensor:
         """``[my tokens, hidden]`` -> the same."""
         gate, up = self.gate_up(linear, linear.enter(x_TD))
-        return self.down(linear, F.silu(gate).mul_(up))
+        return self.down(linear, self._silu_mul(gate, up))

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sps_runtime.config.rope import RopeConfig
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """cos and sin ``[tokens, 1, head_dim / 2]`` of some positions, computed once in a step."""
-
-    cos_T1F: Tensor
-    sin_T1F: Tensor
-
-    def __call__(self, x_THD: Tensor) -> Tensor:
-        """Rotate ``[tokens, heads, head_dim]``; dims i and i + head_dim / 2 form a pair."""
-        first, second = x_THD.chunk(2, dim=-1)
-        cos, sin = self.cos_T1F, self.sin_T1F
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+from sps_runtime.ops.elementwise import Elementwise, Rotate
 
 
 class RotaryEmbedding:
-    """Positions -> `Rotation`.
+    """Positions -> the rotation of their queries and keys, computed once in a step.
 
-    Angles are fp32 products of position and frequency, as in transformers; cos and sin are rounded
-    to the model's dtype.
+    Angles are fp32 products of position and frequency, as in transformers.
+
+    Args:
+        elementwise: who rotates.
     """
 
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RopeConfig,
+        head_dim: int,
+        device: torch.device,
+        elementwise: Elementwise,
+    ) -> None:
         frequencies, self.scale = _frequencies(config, head_dim)
         self.frequencies_F = frequencies.to(device)
+        self._rotation = elementwise.rotation
 
-    def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
-        angles_T1F = (positions_T.float()[:, None] * self.frequencies_F)[:, None, :]
-        cos, sin = angles_T1F.cos() * self.scale, angles_T1F.sin() * self.scale
-        return Rotation(cos.to(dtype), sin.to(dtype))
+    def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> Rotate:
+        angles_TF = positions_T.float()[:, None] * self.frequencies_F
+        return self._rotation(angles_TF.cos() * self.scale, angles_TF.sin() * self.scale, dtype)
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -11,9 +11,10 @@ from sps_runtime.layers.attention import Attention
 from sps_runtime.layers.linear import Embedding, LanguageModelHead
 from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
-from sps_runtime.layers.rope import RotaryEmbedding, Rotation
+from sps_runtime.layers.rope import RotaryEmbedding
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.weights import Weights
+from sps_runtime.ops.elementwise import Rotate
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class DecoderLayer:
     mlp_norm: RMSNorm
     mlp: GatedMLP
 
-    def __call__(self, x_TD: Tensor, rotate: Rotation, step: StepContext) -> Tensor:
+    def __call__(self, x_TD: Tensor, rotate: Rotate, step: StepContext) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotate, step)
         return x_TD + self.mlp(step.linear, self.mlp_norm(x_TD))
 
@@ -41,7 +42,9 @@ class Decoder:
         tensors, config = weights.tensors, weights.config
         self.config: ModelConfig = config
         self.embedding = Embedding(tensors["embed"])
-        self.rope = RotaryEmbedding(config.rope, config.head_dim, tensors["embed"].device)
+        self.rope = RotaryEmbedding(
+            config.rope, config.head_dim, tensors["embed"].device, weights.elementwise
+        )
         self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
         self.norm = weights.norm("norm")
         self.head = LanguageModelHead(tensors["head"], config.vocab_size)
@@ -74,5 +77,5 @@ class Decoder:
             attention_norm=weights.norm(f"layers.{layer}.attention_norm"),
             attention=self.attention(weights, layer),
             mlp_norm=weights.norm(f"layers.{layer}.mlp_norm"),
-            mlp=GatedMLP(weights.gate_up(layer), weights.down(layer)),
+            mlp=GatedMLP(weights.gate_up(layer), weights.down(layer), weights.elementwise),
         )

@@ -20,6 +20,7 @@ from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.layout import plan_layout
 from sps_runtime.models.registry import model_class
 from sps_runtime.models.weights import Weights
+from sps_runtime.ops.elementwise import Elementwise, TorchElementwise
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
@@ -75,13 +76,21 @@ def load_weights(config: ModelConfig, spec: LoadSpec, shared: SharedWeights | No
 
 
 def build_model(
-    config: ModelConfig, arena: Arena, tp_rank: int = 0, device: str | torch.device = "cpu"
+    config: ModelConfig,
+    arena: Arena,
+    tp_rank: int = 0,
+    device: str | torch.device = "cpu",
+    elementwise: Elementwise | None = None,
 ) -> Decoder:
-    """The model of one TP rank over an arena's memory (copied to `device` where that is no CPU)."""
+    """The model of one TP rank over an arena's memory (copied to `device` where that is no CPU).
+
+    Args:
+        elementwise: what norms, rope and gates are computed with; torch unless told.
+    """
     tensors = arena.tensors(tp_rank)
     if torch.device(device).type != "cpu":
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    weights = Weights(config, arena.layout.tp_size, tensors)
+    weights = Weights(config, arena.layout.tp_size, tensors, elementwise or TorchElementwise())
     return model_class(config.architecture)(weights)
 
 
@@ -91,9 +100,11 @@ def load_model(
     tp_rank: int = 0,
     shared: SharedWeights | None = None,
     device: str | torch.device = "cpu",
+    elementwise: Elementwise | None = None,
 ) -> Decoder:
     """`load_weights`, then `build_model`."""
-    return build_model(config, load_weights(config, spec, shared), tp_rank, device)
+    arena = load_weights(config, spec, shared)
+    return build_model(config, arena, tp_rank, device, elementwise)
 
 
 def _source(spec: LoadSpec) -> TensorSource:

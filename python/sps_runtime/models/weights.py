@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.layers.linear import ColumnLinear, RowLinear
 from sps_runtime.layers.norm import RMSNorm
+from sps_runtime.ops.elementwise import Elementwise, TorchElementwise
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,16 @@ class Weights:
         config: the model's.
         tp_size: TP ranks that the weights are cut for.
         tensors: name -> tensor; weights that a model lacks (biases) are absent.
+        elementwise: what norms, rope and gates are computed with.
     """
 
     config: ModelConfig
     tp_size: int
     tensors: Mapping[str, Tensor]
+    elementwise: Elementwise = field(default_factory=TorchElementwise)
 
     def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.tensors[name], self.config.rms_norm_eps)
+        return RMSNorm(self.tensors[name], self.config.rms_norm_eps, self.elementwise)
 
     def qkv(self, layer: int) -> ColumnLinear:
         config, name = self.config, f"layers.{layer}.qkv"

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from sps_runtime.attention.choose import choose_backend
+from sps_runtime.attention.context import AttentionContext
 from sps_runtime.config.model import load_model_config
 from sps_runtime.config.process import RankConfig
 from sps_runtime.ipc.links import Receiver, Sender, new_context
@@ -22,6 +23,7 @@ from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
+from sps_runtime.ops.elementwise import choose_elementwise
 from sps_runtime.ops.linear import choose_linear
 from sps_runtime.runner.assembly import Place, open_means
 from sps_runtime.runner.links import open_links
@@ -31,7 +33,7 @@ from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.runner.warm_up import warm_up
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.errors import ConfigError
-from sps_runtime.types.messages import FromRank, RankReady, StopEngine, ToRank
+from sps_runtime.types.messages import FromRank, LinkCost, RankReady, StopEngine, ToRank
 from sps_runtime.types.plan import StepResult
 
 logger = logging.getLogger(__name__)
@@ -83,9 +85,9 @@ def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
     torch.set_num_threads(engine.threads_per_rank)
     place = Place.of(config.rank, engine.parallel)
     began = time.monotonic()
-    model = _load(child, place)
-    dtype = model.embedding.weight_VD.dtype
     ops = _choose_ops(engine.attention_backend)
+    model = _load(child, place, ops)
+    dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
     backend = choose_backend(
         ops,
         page_size=engine.cache.page_size,
@@ -93,26 +95,37 @@ def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
         threads=engine.threads_per_rank,
     )
     means = open_means(config, place, model.config, dtype, backend, child.fds)
-    board = TokenBoard(map_memory(child.fds["board"]))
     runner = ModelRunner(
         model,
-        model.config.vocab_size,
+        vocab,
         means,
-        board,
+        TokenBoard(map_memory(child.fds["board"])),
         engine.parallel.arch,
         choose_linear(ops, engine.threads_per_rank),
         engine.watchdog_timeout_s,
     )
-    cache, vocab = engine.cache, model.config.vocab_size
+    cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)
-    link = measure_link(
-        means.mailroom.group(place.mesh.sp_peers(tuple(range(place.mesh.sp_size)))),
-        means.mailroom.group(tuple(range(place.mesh.world_size))),
-        zero_copy=len(set(place.hosts)) == 1,
-    )
     detail = f"attention {backend.name} ({ops.reason}), {dtype}, {engine.threads_per_rank} threads"
+    ready = RankReady(
+        rank=config.rank,
+        pages=cache.pages_per_rank,
+        link=_measure_link(means),
+        flops_per_s=measure_flops(dtype),
+        detail=detail,
+    )
     logger.info("ready after %.1f s: %s", time.monotonic() - began, detail)
-    return runner, RankReady(config.rank, cache.pages_per_rank, link, measure_flops(dtype), detail)
+    return runner, ready
+
+
+def _measure_link(means: AttentionContext) -> LinkCost:
+    mesh, group = means.mesh, means.mailroom.group
+    everyone = tuple(range(mesh.sp_size))
+    return measure_link(
+        group(mesh.sp_peers(everyone)),
+        group(tuple(range(mesh.world_size))),
+        zero_copy=len(set(means.hosts)) == 1,
+    )
 
 
 def _choose_ops(name: str) -> Ops:
@@ -125,7 +138,7 @@ def _choose_ops(name: str) -> Ops:
         raise ConfigError(f"attention backend sps_kernel cannot be imported: {error}") from None
 
 
-def _load(child: ChildContext[RankConfig], place: Place) -> Decoder:
+def _load(child: ChildContext[RankConfig], place: Place, ops: Ops) -> Decoder:
     """This TP rank's model over the weights that all ranks of the host share."""
     engine = child.config.engine
     directory = Path(engine.model_path)
@@ -134,7 +147,10 @@ def _load(child: ChildContext[RankConfig], place: Place) -> Decoder:
     )
     first = min(place.sp_peers_here().values()) - place.mesh.tp_rank
     shared = SharedWeights(child.fds["weights"], first=child.config.rank == first)
-    return load_model(load_model_config(directory), spec, place.mesh.tp_rank, shared)
+    elementwise = choose_elementwise(ops, engine.threads_per_rank)
+    return load_model(
+        load_model_config(directory), spec, place.mesh.tp_rank, shared, elementwise=elementwise
+    )
 
 
 if __name__ == "__main__":

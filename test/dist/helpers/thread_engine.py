@@ -27,6 +27,7 @@ from sps_runtime.models.arena import Arena
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
 from sps_runtime.ops.dispatch import choose_ops
+from sps_runtime.ops.elementwise import choose_elementwise
 from sps_runtime.ops.linear import choose_linear
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
@@ -103,7 +104,11 @@ class ThreadEngine:
         world = ThreadWorld(sp * tp, timeout_s=30.0)
         fences = ThreadFences(sp * tp, config.num_layers, timeout_s=30.0)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
-        self.models = [RecordingModel(build_model(config, arena, r % tp)) for r in range(sp * tp)]
+        elementwise = choose_elementwise(ops)
+        self.models = [
+            RecordingModel(build_model(config, arena, rank % tp, elementwise=elementwise))
+            for rank in range(sp * tp)
+        ]
         self.runners = []
         for rank in range(sp * tp):
             mesh, traffic = Mesh(sp, tp, rank), Traffic()

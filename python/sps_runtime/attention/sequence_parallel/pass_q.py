@@ -89,9 +89,9 @@ class PassQ:
         step = self._step
         rows = len(q_THD)
         all_q = q_THD.new_empty((rows + sum(routes.counts_in), *q_THD.shape[1:]))
-        all_q[:rows] = q_THD
+        all_q[:rows] = q_THD  # what is sent is taken from here: q may be strided, this is not
         recv = list(torch.split(all_q[rows:], routes.counts_in))
-        step.communicate([out.take(q_THD) for out in routes.rows_out], recv)
+        step.communicate([out.take(all_q[:rows]) for out in routes.rows_out], recv)
         return all_q
 
     def _return_partials(
