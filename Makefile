@@ -19,9 +19,9 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 KERNEL_SOURCES := $(shell find sgl-kernel/csrc sgl-kernel/include sgl-kernel/python \
 	sgl-kernel/CMakeLists.txt sgl-kernel/pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
-TORCH_FREE := types config ipc telemetry costmodel kvcache scheduler frontend server launch
+TORCH_FREE := types config ipc telemetry costmodel kvcache scheduler frontend server launch engine
 CHECKED := $(wildcard $(addprefix python/sps_runtime/,$(TORCH_FREE))) \
-	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py engine.py registry.py))
+	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py registry.py))
 
 .PHONY: serve test check lint types pytest format setup doctor clean
 

@@ -138,7 +138,8 @@ def spawn(
         cores=tuple(cores),
         fds=named,
     )
-    command = [sys.executable, "-m", module, msgspec.json.encode(boot).decode()]
+    # -P: a file of the working directory must not stand in for a library.
+    command = [sys.executable, "-P", "-m", module, msgspec.json.encode(boot).decode()]
     try:
         process = subprocess.Popen(
             command,

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
+from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.process import (
+    Endpoints,
     LogConfig,
     RankConfig,
     SchedulerProcessConfig,
@@ -51,12 +53,7 @@ class EngineProcesses:
         self.model = model
         self.log = log
         self.children: list[Child] = []
-        self.run_dir: RunDir | None = None
-        if config.parallel.node_rank == 0:
-            self.run_dir = create_run_dir()
-            self.endpoints = first_node_endpoints(config.parallel, self.run_dir.path, secret)
-        else:
-            self.endpoints = other_node_endpoints(config.parallel, secret)
+        self.run_dir, self.endpoints = _open_run_dir(config.parallel, secret)
         ranks = local_ranks(config.parallel)
         self._memory = {f"kv.{rank}": create_memory(f"kv.{rank}") for rank in ranks}
         for name in ("fences", "links", "weights"):
@@ -121,6 +118,17 @@ class EngineProcesses:
         self._memory.clear()
         if self.run_dir is not None:
             self.run_dir.remove()
+
+
+def _open_run_dir(parallel: ParallelConfig, secret: bytes) -> tuple[RunDir | None, Endpoints]:
+    if parallel.node_rank > 0:
+        return None, other_node_endpoints(parallel, secret)
+    run_dir = create_run_dir()
+    try:
+        return run_dir, first_node_endpoints(parallel, run_dir.path, secret)
+    except BaseException:
+        run_dir.remove()
+        raise
 
 
 def kill_all(children: Iterable[Child], number: int = signal.SIGKILL) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sps_runtime.config.environment import dist_key
 from sps_runtime.config.flags import parse
@@ -56,6 +57,9 @@ def serve(
                 listener = bind_http(server, allow_unauthenticated=allow_unauthenticated)
             directory, model = check_model(options)
             secret = dist_key(options.dist_key_file) if parallel.nnodes > 1 else b""
+            server = replace(
+                server, served_model_name=server.served_model_name or options.model_path
+            )
             engine = EngineProcesses(settle(options, model, directory), model, log, secret)
         except (ConfigError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
