@@ -82,7 +82,7 @@ class ThreadEngine:
         hosts: tuple[int, ...] | None = None,
     ) -> None:
         self.sp, self.tp = sp, tp
-        self.results: SimpleQueue[tuple[int, Answer]] = SimpleQueue()
+        self.results: SimpleQueue[Answer | None] = SimpleQueue()
         self.errors: list[BaseException] = []
         self._queues: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(sp * tp)]
         self._waiting: dict[int, list[Answer]] = {}
@@ -155,10 +155,10 @@ class ThreadEngine:
                 result = runner.execute(plan)
                 slots = [token.slot for token in result.sampled]
                 logits = dict(zip(slots, model.given[0] if slots else [], strict=True))
-                self.results.put((plan.epoch, Answer(result, logits)))
+                self.results.put(Answer(result, logits))
         except BaseException as error:
             self.errors.append(error)
-            self.results.put((-1, None))  # type: ignore[arg-type]
+            self.results.put(None)
             raise
 
     def send(self, plan: StepPlan) -> None:
@@ -169,11 +169,16 @@ class ThreadEngine:
     def receive(self, plan: StepPlan) -> list[Answer]:
         """Wait for all answers to a plan."""
         while len(self._waiting.get(plan.epoch, ())) < len(plan.group) * self.tp:
-            epoch, answer = self.results.get(timeout=60.0)
-            if epoch < 0:
-                raise self.errors[0]
-            self._waiting.setdefault(epoch, []).append(answer)
+            answer = self.next_answer()
+            self._waiting.setdefault(answer.result.epoch, []).append(answer)
         return self._waiting.pop(plan.epoch)
+
+    def next_answer(self) -> Answer:
+        """Wait for whichever rank answers next; raises what a rank raised."""
+        answer = self.results.get(timeout=60.0)
+        if answer is None:
+            raise self.errors[0]
+        return answer
 
     def close(self) -> None:
         for queue in self._queues:

@@ -1,0 +1,141 @@
+"""The real scheduler core over real ranks in threads: same tokens, whatever it decides.
+
+Pools are small, so that requests wait, share prefixes, are retracted and begin again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from test.dist.helpers.exact_models import exact_model, prompt
+from test.dist.helpers.exactness import MARGIN, NEW_TOKENS, first_difference, truth
+from test.dist.helpers.thread_engine import ThreadEngine
+
+from sps_runtime.config.cache import CacheConfig
+from sps_runtime.config.parallel import ParallelConfig
+from sps_runtime.config.scheduler import SchedulerConfig
+from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.costmodel.strategy import ModelShape
+from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
+from sps_runtime.types.messages import LinkCost, TokensOut
+from sps_runtime.types.plan import StepPlan
+from sps_runtime.types.request import GenerateRequest
+from sps_runtime.types.sampling import SamplingParams
+from sps_runtime.types.tokens import pack_ids
+
+KIND = "qwen3"
+# sp, tp, arch, strategy, page size, chunk, pages per rank, seconds per message
+CELLS = [
+    (1, 1, "ntp", "auto", 16, 64, 24, 0.0),
+    (2, 1, "ntp", "auto", 16, 64, 16, 1e-6),
+    (2, 1, "ntp", "pass_q", 64, -1, 5, 1e-2),
+    (3, 1, "tp", "auto", 16, 1000, 12, 1e-6),
+    (4, 1, "ntp", "auto", 16, 64, 9, 1e-6),
+    (4, 1, "ntp", "ulysses", 64, 1000, 4, 1e-2),
+    (2, 2, "ntp", "auto", 16, 64, 16, 1e-6),
+    (2, 2, "tp", "pass_kv", 64, -1, 5, 1e-6),
+]
+
+
+def make_scheduler(cell: tuple) -> Scheduler:
+    sp, tp, arch, strategy, page_size, chunk, pages, latency = cell
+    config = exact_model(KIND).config
+    shape = ModelShape(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        q_heads=config.num_heads // tp,
+        kv_heads=config.num_kv_heads // tp,
+        head_dim=config.head_dim,
+        linear_params=10**6,
+        element_bytes=4,
+    )
+    return Scheduler(
+        SchedulerConfig(chunked_prefill_size=chunk, conservativeness=0.1),
+        CacheConfig(page_size, pages),
+        ParallelConfig(sp, tp, arch, strategy),
+        ModelLimits(4096, frozenset(), config.vocab_size),
+        StepCosts(shape, LinkCost(latency, 1e9, zero_copy=True), flops_per_s=1e9),
+    )
+
+
+def traffic(chance: random.Random) -> list[list[int]]:
+    """Prompts that share prefixes, of lengths around pages and chunks."""
+    base = prompt(150, seed=5)
+    prompts = [base, base, base[:64], base[:65] + prompt(7), base[:100] + prompt(40), prompt(1)]
+    prompts += [prompt(length, seed=6) for length in (15, 16, 17, 63, 131)]
+    chance.shuffle(prompts)
+    return prompts
+
+
+def request(index: int, tokens: list[int]) -> GenerateRequest:
+    params = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    return GenerateRequest(f"r{index}", pack_ids(tokens), params)
+
+
+def serve(
+    engine: ThreadEngine, scheduler: Scheduler, prompts: list[list[int]], chance: random.Random
+) -> tuple[dict[str, list[int]], list[StepPlan], set[str]]:
+    """Run all prompts, added one by one between results; one in four is aborted on the way."""
+    outputs: dict[str, list[int]] = {}
+    finals: Counter[str] = Counter()
+    plans: list[StepPlan] = []
+    waiting = [request(index, tokens) for index, tokens in enumerate(prompts)]
+    doomed = {item.rid: chance.randrange(1, 40) for item in waiting if chance.random() < 0.25}
+    owed = 0
+
+    def take(news: list[TokensOut]) -> None:
+        for item in news:
+            outputs.setdefault(item.rid, []).extend(item.tokens)
+            finals[item.rid] += item.finish is not None
+
+    while waiting or owed or not scheduler.idle:
+        if waiting and chance.random() < 0.3:
+            take(scheduler.add(waiting.pop()))
+        for plan in scheduler.next_plans():
+            engine.send(plan)
+            plans.append(plan)
+            owed += len(plan.group) * engine.tp
+        if owed:
+            take(scheduler.on_result(engine.next_answer().result))
+            owed -= 1
+        for rid, limit in list(doomed.items()):
+            if len(outputs.get(rid, ())) >= limit and not finals[rid]:
+                take(scheduler.abort(rid))
+                scheduler.check()
+    assert set(finals.values()) == {1}, "each request ends with exactly one final message"
+    return outputs, plans, {rid for rid in doomed if len(outputs[rid]) < NEW_TOKENS}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=["-".join(map(str, cell[:7])) for cell in CELLS])
+def test_what_is_scheduled_is_what_one_rank_says(cell: tuple) -> None:
+    torch.set_num_threads(1)
+    sp, tp, arch, _, page_size, _, pages, _ = cell
+    model, chance = exact_model(KIND), random.Random(str(cell))
+    engine = ThreadEngine(
+        model.config,
+        model.arena(tp),
+        sp=sp,
+        tp=tp,
+        arch=arch,
+        page_size=page_size,
+        pages_per_rank=pages,
+    )
+    scheduler, prompts = make_scheduler(cell), traffic(chance)
+    try:
+        outputs, plans, aborted = serve(engine, scheduler, prompts, chance)
+    finally:
+        engine.close()
+    for index, tokens in enumerate(prompts):
+        expected, got = truth(KIND, tuple(tokens)), outputs[f"r{index}"]
+        if f"r{index}" not in aborted:
+            assert len(got) == NEW_TOKENS
+        same = first_difference(got, expected.tokens[: len(got)])
+        assert same == len(got) or expected.margin(same) < MARGIN, (index, same)
+    state = scheduler.state()
+    assert state.cached_tokens_total > 0
+    assert all(rank.used_pages == 0 for rank in state.ranks)
+    assert any(s.board_epoch >= 0 for plan in plans for s in plan.sequences)
+    print(cell, "retractions", state.retractions_total, Counter(p.placement for p in plans))
