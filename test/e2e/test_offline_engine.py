@@ -123,7 +123,7 @@ def test_settings_that_cannot_be(model: Path) -> None:
         Engine(str(model), device="echo", sp_sise=2)
     with pytest.raises(ConfigError, match="tp_size 3"):
         Engine(str(model), device="echo", tp_size=3)
-    with pytest.raises(EngineDead, match="nonsense"):
+    with pytest.raises(ConfigError, match="nonsense"):
         Engine(str(model), device="echo", policy="nonsense")
 
 

@@ -11,6 +11,8 @@ from sps_runtime.config.cache import CacheConfig
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.options import EngineOptions
+from sps_runtime.kvcache.eviction import make_eviction
+from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.types.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
     Raises:
         ConfigError: when they do not fit together, or not into this machine.
     """
+    make_policy(options.scheduler.policy)  # an unknown name ends the start here
+    make_eviction(options.eviction)
     parallel = options.parallel
     dtype = model.resolve_dtype(options.dtype)
     local_ranks = parallel.world_size // parallel.nnodes
