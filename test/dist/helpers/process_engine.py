@@ -21,7 +21,7 @@ from sps_runtime.types.messages import FromRank, RankReady, StopEngine, ToRank
 from sps_runtime.types.plan import StepPlan, StepResult
 
 SLOTS = 256
-START_S, STEP_S = 60.0, 60.0
+START_S, STEP_S = 100.0, 100.0
 
 
 @dataclass

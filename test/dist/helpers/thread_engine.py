@@ -34,6 +34,7 @@ from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import StepPlan, StepResult
 
 SLOTS = 256
+PATIENCE_S = 100.0
 
 
 class RecordingModel:
@@ -58,6 +59,44 @@ class Answer:
 
     result: StepResult
     logits: dict[int, Tensor]
+
+
+def make_contexts(
+    world: ThreadWorld,
+    shape: KVShape,
+    dtype: torch.dtype,
+    sp: int,
+    tp: int,
+    hosts: tuple[int, ...],
+) -> list[AttentionContext]:
+    """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
+    must show."""
+    pools = [KVPool.private(shape, dtype) for _ in range(sp * tp)]
+    for pool in pools:
+        pool.k.fill_(torch.nan)
+        pool.v.fill_(torch.nan)
+    fences = ThreadFences(sp * tp, shape.layers, timeout_s=PATIENCE_S)
+    contexts = []
+    for rank in range(sp * tp):
+        mesh, traffic = Mesh(sp, tp, rank), Traffic()
+        readable = [
+            pools[other * tp + mesh.tp_rank] if hosts[other] == hosts[mesh.sp_rank] else None
+            for other in range(sp)
+        ]
+        contexts.append(
+            AttentionContext(
+                mesh=mesh,
+                mailroom=world.mailroom(rank, traffic),
+                store=KVStore(readable, mesh.sp_rank),
+                fence=fences.of(rank),
+                backend=choose_backend(
+                    choose_ops(), page_size=shape.page_size, head_dim=shape.head_dim
+                ),
+                traffic=traffic,
+                hosts=hosts,
+            )
+        )
+    return contexts
 
 
 class ThreadEngine:
@@ -95,47 +134,19 @@ class ThreadEngine:
             head_dim=config.head_dim,
             itemsize=arena.layout.dtype.itemsize,
         )
-        pools = [KVPool.private(shape, arena.layout.dtype) for _ in range(sp * tp)]
-        for pool in pools:  # a read of what nobody wrote must show
-            pool.k.fill_(torch.nan)
-            pool.v.fill_(torch.nan)
-        ops = choose_ops()
-        backend = choose_backend(ops, page_size=page_size, head_dim=config.head_dim)
-        world = ThreadWorld(sp * tp, timeout_s=30.0)
-        fences = ThreadFences(sp * tp, config.num_layers, timeout_s=30.0)
+        world = ThreadWorld(sp * tp, timeout_s=PATIENCE_S)
+        contexts = make_contexts(world, shape, arena.layout.dtype, sp, tp, hosts)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
-        elementwise = choose_elementwise(ops)
-        self.models = [
-            RecordingModel(build_model(config, arena, rank % tp, elementwise=elementwise))
-            for rank in range(sp * tp)
-        ]
-        self.runners = []
-        for rank in range(sp * tp):
-            mesh, traffic = Mesh(sp, tp, rank), Traffic()
-            here = hosts[mesh.sp_rank]
-            own = [
-                pools[other * tp + mesh.tp_rank] if hosts[other] == here else None
-                for other in range(sp)
-            ]
-            means = AttentionContext(
-                mesh=mesh,
-                mailroom=world.mailroom(rank, traffic),
-                store=KVStore(own, mesh.sp_rank),
-                fence=fences.of(rank),
-                backend=backend,
-                traffic=traffic,
-                hosts=hosts,
-            )
-            board = TokenBoard(boards[here])
+        ops = choose_ops()
+        multiply, elementwise = choose_linear(ops), choose_elementwise(ops)
+        self.models, self.runners = [], []
+        for rank, means in enumerate(contexts):
+            model = build_model(config, arena, rank % tp, elementwise=elementwise)
+            board = TokenBoard(boards[hosts[means.mesh.sp_rank]])
+            self.models.append(RecordingModel(model))
             self.runners.append(
                 ModelRunner(
-                    self.models[rank],
-                    config.vocab_size,
-                    means,
-                    board,
-                    arch,
-                    choose_linear(ops),
-                    token_timeout_s=30.0,
+                    self.models[rank], config.vocab_size, means, board, arch, multiply, PATIENCE_S
                 )
             )
         self._threads = threading.Thread(target=self._run, args=(world,), daemon=True)
@@ -175,7 +186,7 @@ class ThreadEngine:
 
     def next_answer(self) -> Answer:
         """Wait for whichever rank answers next; raises what a rank raised."""
-        answer = self.results.get(timeout=60.0)
+        answer = self.results.get(timeout=PATIENCE_S)
         if answer is None:
             raise self.errors[0]
         return answer
