@@ -30,3 +30,11 @@ def test_everything_public_is_documented():
     for name in sps_kernel.__all__:
         item = getattr(sps_kernel, name)
         assert isinstance(item, tuple) or item.__doc__ or name == "KVPools"
+
+
+def test_a_sanitized_build_says_so():
+    """Guards sanitize.sh against testing an ordinary build by mistake."""
+    import os
+
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        assert sps_kernel.build_info()["sanitized"]
