@@ -1,6 +1,7 @@
 """The same greedy tokens at every degree: the whole matrix, ranks as threads of this process.
 
-Every cell runs all chunk sizes, cold and warm, with requests that come and go, in one batch.
+Every cell runs all chunk sizes, cold and warm, with requests that come and go, in one batch. Every
+fifth runs without the kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from test.dist.helpers.exact_models import KINDS, exact_model
 from test.dist.helpers.exactness import TIGHT_PAGES, check, requests_of_a_cell, truth
 from test.dist.helpers.planner import Planner, Shape
 from test.dist.helpers.thread_engine import ThreadEngine, drive
+
+from sps_runtime.ops.dispatch import choose_ops
 
 DEALINGS = ("zigzag", "contiguous", "random")
 MODELS = ("llama", "qwen3", "window")
@@ -58,6 +61,7 @@ def test_cell(index: int, cell: tuple) -> None:
         arch=arch,
         page_size=page_size,
         pages_per_rank=pages,
+        ops=choose_ops("torch" if index % 5 == 4 else "auto"),
     )
     shape = Shape(
         sp,

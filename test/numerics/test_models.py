@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from transformers import PreTrainedModel
 
 from sps_runtime.config.model import ModelConfig, load_model_config
 from sps_runtime.models.loader import LoadSpec, build_model, load_model, load_weights
+from sps_runtime.ops.dispatch import choose_ops
+from sps_runtime.ops.operators import Operators
 
 LENGTH = 61
+CHUNKS = [40, 1, 16, 4]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +28,20 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["torch", "sps_kernel"])
+def ops(request: pytest.FixtureRequest) -> Operators:
+    if request.param == "sps_kernel":
+        pytest.importorskip("sps_kernel")
+    return choose_ops(request.param).operators
+
+
 def reference_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     logits: Tensor = model(torch.tensor([tokens])).logits[0]
     return logits
+
+
+def plain(ops: Operators) -> Callable[[], PlainPlacement]:
+    return partial(PlainPlacement, ops=ops)
 
 
 def saved(case: str, tmp_path: Path) -> tuple[PreTrainedModel, ModelConfig, LoadSpec]:
@@ -36,13 +51,14 @@ def saved(case: str, tmp_path: Path) -> tuple[PreTrainedModel, ModelConfig, Load
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fp32_logits_follow_transformers(case: str, tmp_path: Path) -> None:
+def test_fp32_logits_follow_transformers(case: str, ops: Operators, tmp_path: Path) -> None:
+    """In chunks of many rows and of few, which are multiplied by different means."""
     reference, config, spec = saved(case, tmp_path)
     tokens = prompt(LENGTH)
     expected = reference_logits(reference, tokens)
     assert expected.std() > 0.3, "the model must say something"
-    model = load_model(config, spec)
-    torch.testing.assert_close(logits_of(model, tokens), expected, atol=1e-5, rtol=1e-5)
+    logits = logits_of(load_model(config, spec, ops=ops), tokens, CHUNKS, plain(ops))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["mistral-window", "qwen3", "llama3"])
@@ -77,14 +93,18 @@ def test_tp_slices_add_up(case: str, tp_size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama3", "mistral", "qwen2", "qwen3"])
-def test_bf16_is_as_near_to_fp64_as_transformers_is(case: str, tmp_path: Path) -> None:
-    """Same rounding points: our RMS error against fp64 is that of transformers' bf16 model."""
+def test_bf16_is_as_near_to_fp64_as_transformers_is(
+    case: str, ops: Operators, tmp_path: Path
+) -> None:
+    """No more rounding points than it has: our RMS error against fp64 is that of transformers' bf16
+    model, or less."""
     rounded = make_reference(case).to(torch.bfloat16)
     save(rounded, tmp_path)
     tokens = prompt(LENGTH)
     config = load_model_config(tmp_path)
     assert config.dtype == "bfloat16"
-    ours = logits_of(load_model(config, LoadSpec(tmp_path)), tokens)
+    model = load_model(config, LoadSpec(tmp_path), ops=ops)
+    ours = logits_of(model, tokens, CHUNKS, plain(ops))
     assert ours.dtype == torch.bfloat16
     theirs = reference_logits(rounded, tokens)
     exact = reference_logits(rounded.to(torch.float64), tokens)
@@ -95,8 +115,8 @@ def test_bf16_is_as_near_to_fp64_as_transformers_is(case: str, tmp_path: Path) -
     assert 0 < rms(ours) <= 1.1 * rms(theirs)
 
 
-def test_no_tokens_at_all(tmp_path: Path) -> None:
+def test_no_tokens_at_all(ops: Operators, tmp_path: Path) -> None:
     """A rank of a group may have no token of a short prompt."""
     _, config, spec = saved("qwen3", tmp_path)
-    model = load_model(config, spec)
-    assert logits_of(model, []).shape == (0, config.vocab_size)
+    model = load_model(config, spec, ops=ops)
+    assert logits_of(model, [], None, plain(ops)).shape == (0, config.vocab_size)

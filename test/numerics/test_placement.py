@@ -10,7 +10,6 @@ from sps_runtime.distributed.mesh import Mesh, shares
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.layers.placement import GroupLinks, ReplicatedTokens, place, unit_shares
 from sps_runtime.ops.dispatch import choose_ops
-from sps_runtime.ops.linear import choose_linear
 
 HIDDEN, UNIT, VOCAB = 20, 3, 23
 Q, KV = 12 * UNIT, 4 * UNIT
@@ -110,7 +109,7 @@ def test_columns_that_are_no_whole_units_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 17])
 def test_few_rows_take_the_kernel_and_give_the_same(rows: int, dtype: torch.dtype) -> None:
-    linear = choose_linear(choose_ops())
+    linear = choose_ops().operators.linear
     make = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 40, generator=make).to(dtype)
     weight = torch.randn(30, 64, generator=make).to(dtype)[:, 8:48]

@@ -9,6 +9,7 @@ from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import LayerFence
 from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.kvstore.pool import KVStore
+from sps_runtime.ops.operators import TORCH, Operators
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AttentionContext:
         hosts: the host of each SP rank. Ranks of one host read each other's pools in place; `store`
             must hold the pools of every rank of this host. Between hosts pages travel. All ranks
             know the same tuple, so both sides of a transfer agree.
+        ops: what writes KV, and what the runner gives to placements.
     """
 
     mesh: Mesh
@@ -34,6 +36,7 @@ class AttentionContext:
     backend: AttentionBackend
     traffic: Traffic
     hosts: tuple[int, ...]
+    ops: Operators = TORCH
 
     def __post_init__(self) -> None:
         here = self.hosts[self.mesh.sp_rank]

@@ -42,13 +42,6 @@ class KVPool:
         memory = map_region(descriptor, shape.nbytes, writable=writable)
         return cls(shape, tensor_over(memory, dtype))
 
-    def write(
-        self, layer: int, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor, offsets_T: Tensor
-    ) -> None:
-        """Put token t's K and V at (slots_T[t], offsets_T[t]), int64 both, all pairs distinct."""
-        self.k[layer][slots_T, :, offsets_T] = k_TKD
-        self.v[layer][slots_T, :, offsets_T] = v_TKD
-
 
 def tensor_over(memory: mmap.mmap, dtype: torch.dtype) -> Tensor:
     """A flat tensor over mapped memory, which it keeps alive; nothing is copied."""

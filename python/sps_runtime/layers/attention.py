@@ -46,12 +46,5 @@ class Attention:
         if self.k_norm is not None:
             k_TKD = self.k_norm(k_TKD)
         q_THD, k_TKD = rotate(q_THD, k_TKD)
-        o_THD = step.attend(
-            self.layer,
-            q_THD,
-            k_TKD,
-            v_TKD,
-            scale=unit**-0.5,
-            window=self.window,
-        )
+        o_THD = step.attend(self.layer, q_THD, k_TKD, v_TKD, scale=unit**-0.5, window=self.window)
         return self.output(linear, linear.to_columns(o_THD.flatten(1), unit))

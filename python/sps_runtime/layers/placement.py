@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sps_runtime.distributed.collectives import (
@@ -32,7 +31,7 @@ from sps_runtime.distributed.collectives import (
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.layers.step import LinearPlacement
-from sps_runtime.ops.linear import Linear
+from sps_runtime.ops.operators import TORCH, Operators
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class WholeWeights:
     """SP-NTP: each rank multiplies its own tokens with its whole (TP slice of the) weights."""
 
     links: GroupLinks
-    multiply: Linear = F.linear
+    ops: Operators = TORCH
     whole: ClassVar[bool] = True
 
     def enter(self, x_TD: Tensor) -> Tensor:
@@ -75,10 +74,10 @@ class WholeWeights:
     def column(
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        return self.multiply(x_TD, weight_ND, bias_N)
+        return self.ops.linear(x_TD, weight_ND, bias_N)
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
-        return self.multiply(y_TN, weight_DN, None)
+        return self.ops.linear(y_TN, weight_DN)
 
     def leave(self, x_TD: Tensor) -> Tensor:
         return all_reduce(self.links.tp, x_TD, "linear")
@@ -104,7 +103,7 @@ def rows_of(weight_ND: Tensor, unit: int, sp: Communicator) -> slice:
 
 
 def columns_of(weight_DN: Tensor, unit: int, sp: Communicator) -> slice:
-    """The columns of a weight that are this member's."""
+    """The columns that are this member's: of a weight, or of an activation."""
     return slice(*unit_shares(weight_DN.shape[1], unit, sp.size)[sp.rank])
 
 
@@ -144,7 +143,7 @@ class ShardedWeights:
 
     links: GroupLinks
     rows: tuple[int, ...]
-    multiply: Linear = F.linear
+    ops: Operators = TORCH
     whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
@@ -154,11 +153,11 @@ class ShardedWeights:
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
         mine = rows_of(weight_ND, unit, self.links.sp)
-        return self.multiply(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
+        return self.ops.linear(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
         mine = columns_of(weight_DN, unit, self.links.sp)
-        return self.multiply(y_TN, weight_DN[:, mine], None)
+        return self.ops.linear(y_TN, weight_DN[:, mine])
 
     def leave(self, x_TD: Tensor) -> Tensor:
         mine_TD = reduce_scatter(self.links.sp, x_TD, self.rows, "linear")
@@ -194,7 +193,7 @@ class ReplicatedTokens:
     """TP over the whole group: every rank has all tokens and multiplies a share of the columns."""
 
     links: GroupLinks
-    multiply: Linear = F.linear
+    ops: Operators = TORCH
     whole: ClassVar[bool] = False
 
     def enter(self, x_TD: Tensor) -> Tensor:
@@ -204,11 +203,11 @@ class ReplicatedTokens:
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
         mine = rows_of(weight_ND, unit, self.links.sp)
-        return self.multiply(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
+        return self.ops.linear(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
         mine = columns_of(weight_DN, unit, self.links.sp)
-        return self.multiply(y_TN, weight_DN[:, mine], None)
+        return self.ops.linear(y_TN, weight_DN[:, mine])
 
     def leave(self, x_TD: Tensor) -> Tensor:
         return all_reduce(self.links.world, x_TD, "linear")
@@ -229,8 +228,7 @@ class ReplicatedTokens:
         return gather_columns(self.links.tp, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
-        begin, end = unit_shares(y_TN.shape[1], unit, self.links.sp.size)[self.links.sp.rank]
-        return y_TN[:, begin:end]
+        return y_TN[:, columns_of(y_TN, unit, self.links.sp)]
 
 
 def place(
@@ -238,7 +236,7 @@ def place(
     arch: Literal["ntp", "tp"],
     links: GroupLinks,
     rows: Sequence[int],
-    multiply: Linear = F.linear,
+    ops: Operators = TORCH,
 ) -> LinearPlacement:
     """The placement of one step.
 
@@ -246,10 +244,10 @@ def place(
         placement: the plan's.
         arch: what sharded tokens meet: whole weights (``ntp``) or cut ones (``tp``).
         rows: tokens of each member of the group, in the group's order.
-        multiply: how this rank multiplies (`ops.linear.choose_linear`).
+        ops: what multiplies.
     """
     if links.sp.size == 1 or (placement == "sharded" and arch == "ntp"):
-        return WholeWeights(links, multiply)
+        return WholeWeights(links, ops)
     if placement == "sharded":
-        return ShardedWeights(links, tuple(rows), multiply)
-    return ReplicatedTokens(links, multiply)
+        return ShardedWeights(links, tuple(rows), ops)
+    return ReplicatedTokens(links, ops)

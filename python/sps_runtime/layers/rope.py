@@ -8,32 +8,29 @@ import torch
 from torch import Tensor
 
 from sps_runtime.config.rope import RopeConfig
-from sps_runtime.ops.elementwise import Elementwise, Rotate
+from sps_runtime.ops.elementwise import Rotate
+from sps_runtime.ops.operators import Operators
 
 
 class RotaryEmbedding:
-    """Positions -> the rotation of their queries and keys, computed once in a step.
+    """Positions -> the rotation of a step, for all its layers.
 
     Angles are fp32 products of position and frequency, as in transformers.
-
-    Args:
-        elementwise: who rotates.
     """
 
     def __init__(
-        self,
-        config: RopeConfig,
-        head_dim: int,
-        device: torch.device,
-        elementwise: Elementwise,
+        self, config: RopeConfig, head_dim: int, device: torch.device, ops: Operators
     ) -> None:
         frequencies, self.scale = _frequencies(config, head_dim)
         self.frequencies_F = frequencies.to(device)
-        self._rotation = elementwise.rotation
+        self._ops = ops
 
     def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> Rotate:
         angles_TF = positions_T.float()[:, None] * self.frequencies_F
-        return self._rotation(angles_TF.cos() * self.scale, angles_TF.sin() * self.scale, dtype)
+        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
+        if self.scale != 1.0:
+            cos_TF, sin_TF = cos_TF * self.scale, sin_TF * self.scale
+        return self._ops.rotation(cos_TF, sin_TF, dtype)
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -11,7 +11,6 @@ from sps_runtime.layers.attention import Attention
 from sps_runtime.layers.linear import Embedding, LanguageModelHead
 from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
-from sps_runtime.layers.rope import RotaryEmbedding
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.weights import Weights
 from sps_runtime.ops.elementwise import Rotate
@@ -19,16 +18,23 @@ from sps_runtime.ops.elementwise import Rotate
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The residual stream x is changed in place. What a block computes is added where the next norm
+    reads the stream, in one pass over it; the last block's update is left to the caller.
+    """
 
     attention_norm: RMSNorm
     attention: Attention
     mlp_norm: RMSNorm
     mlp: GatedMLP
 
-    def __call__(self, x_TD: Tensor, rotate: Rotate, step: StepContext) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotate, step)
-        return x_TD + self.mlp(step.linear, self.mlp_norm(x_TD))
+    def __call__(
+        self, x_TD: Tensor, update_TD: Tensor | None, rotate: Rotate, step: StepContext
+    ) -> Tensor:
+        """The update that x lacks, of the layer before -> that of this layer."""
+        update_TD = self.attention(self.attention_norm.add(x_TD, update_TD), rotate, step)
+        return self.mlp(step.linear, self.mlp_norm.add(x_TD, update_TD))
 
 
 class Decoder:
@@ -42,9 +48,7 @@ class Decoder:
         tensors, config = weights.tensors, weights.config
         self.config: ModelConfig = config
         self.embedding = Embedding(tensors["embed"])
-        self.rope = RotaryEmbedding(
-            config.rope, config.head_dim, tensors["embed"].device, weights.elementwise
-        )
+        self.rope = weights.rope()
         self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
         self.norm = weights.norm("norm")
         self.head = LanguageModelHead(tensors["head"], config.vocab_size)
@@ -60,9 +64,10 @@ class Decoder:
         layer, before the last norm: `logits` norms the few rows that it is asked for."""
         x_TD = self.embedding(input_ids_T)
         rotate = self.rope(step.positions_T, x_TD.dtype)
+        update_TD = None
         for layer in self.layers:
-            x_TD = layer(x_TD, rotate, step)
-        return x_TD
+            update_TD = layer(x_TD, update_TD, rotate, step)
+        return x_TD if update_TD is None else x_TD.add_(update_TD)
 
     def logits(self, hidden_RD: Tensor, head: LinearPlacement) -> Tensor:
         """Rows of `forward`'s result ``[my rows, hidden]`` -> ``[my rows, vocab]``.
@@ -77,5 +82,5 @@ class Decoder:
             attention_norm=weights.norm(f"layers.{layer}.attention_norm"),
             attention=self.attention(weights, layer),
             mlp_norm=weights.norm(f"layers.{layer}.mlp_norm"),
-            mlp=GatedMLP(weights.gate_up(layer), weights.down(layer), weights.elementwise),
+            mlp=weights.mlp(layer),
         )

@@ -20,7 +20,7 @@ from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.layout import plan_layout
 from sps_runtime.models.registry import model_class
 from sps_runtime.models.weights import Weights
-from sps_runtime.ops.elementwise import Elementwise, TorchElementwise
+from sps_runtime.ops.operators import TORCH, Operators
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
@@ -80,17 +80,17 @@ def build_model(
     arena: Arena,
     tp_rank: int = 0,
     device: str | torch.device = "cpu",
-    elementwise: Elementwise | None = None,
+    ops: Operators = TORCH,
 ) -> Decoder:
     """The model of one TP rank over an arena's memory (copied to `device` where that is no CPU).
 
     Args:
-        elementwise: what norms, rope and gates are computed with; torch unless told.
+        ops: what its layers compute with.
     """
     tensors = arena.tensors(tp_rank)
     if torch.device(device).type != "cpu":
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    weights = Weights(config, arena.layout.tp_size, tensors, elementwise or TorchElementwise())
+    weights = Weights(config, arena.layout.tp_size, tensors, ops)
     return model_class(config.architecture)(weights)
 
 
@@ -100,11 +100,10 @@ def load_model(
     tp_rank: int = 0,
     shared: SharedWeights | None = None,
     device: str | torch.device = "cpu",
-    elementwise: Elementwise | None = None,
+    ops: Operators = TORCH,
 ) -> Decoder:
     """`load_weights`, then `build_model`."""
-    arena = load_weights(config, spec, shared)
-    return build_model(config, arena, tp_rank, device, elementwise)
+    return build_model(config, load_weights(config, spec, shared), tp_rank, device, ops)
 
 
 def _source(spec: LoadSpec) -> TensorSource:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.layers.linear import ColumnLinear, RowLinear
+from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
-from sps_runtime.ops.elementwise import Elementwise, TorchElementwise
+from sps_runtime.layers.rope import RotaryEmbedding
+from sps_runtime.ops.operators import TORCH, Operators
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,20 @@ class Weights:
         config: the model's.
         tp_size: TP ranks that the weights are cut for.
         tensors: name -> tensor; weights that a model lacks (biases) are absent.
-        elementwise: what norms, rope and gates are computed with.
+        ops: what the layers compute with.
     """
 
     config: ModelConfig
     tp_size: int
     tensors: Mapping[str, Tensor]
-    elementwise: Elementwise = field(default_factory=TorchElementwise)
+    ops: Operators = TORCH
+
+    def rope(self) -> RotaryEmbedding:
+        device = self.tensors["embed"].device
+        return RotaryEmbedding(self.config.rope, self.config.head_dim, device, self.ops)
 
     def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.tensors[name], self.config.rms_norm_eps, self.elementwise)
+        return RMSNorm(self.tensors[name], self.config.rms_norm_eps, self.ops)
 
     def qkv(self, layer: int) -> ColumnLinear:
         config, name = self.config, f"layers.{layer}.qkv"
@@ -44,10 +50,13 @@ class Weights:
         bias = self.tensors.get(f"{name}_bias")
         return RowLinear(self.tensors[name], bias, unit=self.config.head_dim)
 
-    def gate_up(self, layer: int) -> ColumnLinear:
+    def mlp(self, layer: int) -> GatedMLP:
+        return GatedMLP(self._gate_up(layer), self._down(layer), self.ops)
+
+    def _gate_up(self, layer: int) -> ColumnLinear:
         name, size = f"layers.{layer}.gate_up", self.config.intermediate_size // self.tp_size
         return ColumnLinear(self.tensors[name], self.tensors.get(f"{name}_bias"), (size, size))
 
-    def down(self, layer: int) -> RowLinear:
+    def _down(self, layer: int) -> RowLinear:
         name = f"layers.{layer}.down"
         return RowLinear(self.tensors[name], self.tensors.get(f"{name}_bias"))

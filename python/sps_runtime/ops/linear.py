@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sps_runtime.ops.dispatch import Ops
-
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Linear = Callable[..., Tensor]
 """(x ``[rows, in]``, weight ``[out, in]``, bias ``[out]`` or None) -> ``[rows, out]``. Rows of the
 weight are contiguous; the stride between them is free."""
 
@@ -23,21 +22,24 @@ SMALL_ROWS = 16
 """Up to here the kernel is faster on one core (measured in bf16 and fp32, 896 x 9,728)."""
 
 
-def choose_linear(ops: Ops, threads: int = 1) -> Linear:
-    """The product of a rank.
+def kernel_linear(kernels: ModuleType, threads: int = 1) -> Linear:
+    """The product of a rank that has the kernels.
 
     Args:
         threads: threads of one call of the kernel; torch's own are set elsewhere.
     """
-    if ops.kernels is None:
-        return F.linear
-    return partial(_linear, ops.kernels.small_gemm, threads)
+    return partial(_linear, kernels.small_gemm, threads)
 
 
 def _linear(
-    small_gemm: Callable[..., Any], threads: int, x: Tensor, weight: Tensor, bias: Tensor | None
+    small_gemm: Callable[..., Any],
+    threads: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     if 0 < x.shape[0] <= SMALL_ROWS and weight.numel():
-        product: Tensor = small_gemm(x, weight, bias, threads=threads)
-        return product
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        small_gemm(x, weight, bias, out=out, threads=threads)
+        return out
     return F.linear(x, weight, bias)

@@ -23,6 +23,7 @@ from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailro
 from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.ops.operators import Operators
 from sps_runtime.types.errors import ConfigError
 
 
@@ -122,6 +123,7 @@ def open_means(
     model: ModelConfig,
     dtype: torch.dtype,
     backend: AttentionBackend,
+    ops: Operators,
     fds: Mapping[str, int],
 ) -> AttentionContext:
     """Everything that attention needs of this rank."""
@@ -134,6 +136,7 @@ def open_means(
         backend=backend,
         traffic=traffic,
         hosts=place.hosts,
+        ops=ops,
     )
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
@@ -22,7 +21,6 @@ from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement, StepContext
-from sps_runtime.ops.linear import Linear
 from sps_runtime.runner.input_batch import InputBatch, build_input
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
@@ -76,7 +74,6 @@ class ModelRunner:
         means: pools, links, fences, backend.
         board: the host's token board.
         arch: what sharded tokens meet: whole weights or cut ones.
-        multiply: how linear layers multiply (`ops.linear.choose_linear`).
         token_timeout_s: how long a token that a plan names may take to appear on the board.
     """
 
@@ -87,7 +84,6 @@ class ModelRunner:
         means: AttentionContext,
         board: TokenBoard,
         arch: Arch,
-        multiply: Linear = F.linear,
         token_timeout_s: float = 300.0,
     ) -> None:
         self._model = model
@@ -95,7 +91,6 @@ class ModelRunner:
         self._means = means
         self._board = board
         self._arch = arch
-        self._multiply = multiply
         self._token_timeout_s = token_timeout_s
 
     @torch.inference_mode()
@@ -133,7 +128,7 @@ class ModelRunner:
         links = self._links(plan.group)
         context = StepContext(
             positions_T=batch.positions_T,
-            linear=place(plan.placement, self._arch, links, layout.rows, self._multiply),
+            linear=place(plan.placement, self._arch, links, layout.rows, means.ops),
             attend=sequence_attention(plan, layout, means),
         )
         return Step(plan, member, links, batch, context)
@@ -149,7 +144,7 @@ class ModelRunner:
 
     def _logits(self, step: Step, hidden_TD: Tensor, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Logits of some of this rank's rows; `counts` are the rows of each member."""
-        head = place(step.plan.placement, self._arch, step.links, counts, self._multiply)
+        head = place(step.plan.placement, self._arch, step.links, counts, self._means.ops)
         if head.whole and not len(rows):
             return hidden_TD.new_empty(0, self._vocab)
         return self._model.logits(hidden_TD[rows], head)

@@ -23,8 +23,7 @@ from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
-from sps_runtime.ops.elementwise import choose_elementwise
-from sps_runtime.ops.linear import choose_linear
+from sps_runtime.ops.operators import Operators
 from sps_runtime.runner.assembly import Place, open_means
 from sps_runtime.runner.links import open_links
 from sps_runtime.runner.measure import measure_flops, measure_link
@@ -85,8 +84,8 @@ def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
     torch.set_num_threads(engine.threads_per_rank)
     place = Place.of(config.rank, engine.parallel)
     began = time.monotonic()
-    ops = _choose_ops(engine.attention_backend)
-    model = _load(child, place, ops)
+    ops = _choose_ops(engine.attention_backend, engine.threads_per_rank)
+    model = _load(child, place, ops.operators)
     dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
     backend = choose_backend(
         ops,
@@ -94,14 +93,13 @@ def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
         head_dim=model.config.head_dim,
         threads=engine.threads_per_rank,
     )
-    means = open_means(config, place, model.config, dtype, backend, child.fds)
+    means = open_means(config, place, model.config, dtype, backend, ops.operators, child.fds)
     runner = ModelRunner(
         model,
         vocab,
         means,
         TokenBoard(map_memory(child.fds["board"])),
         engine.parallel.arch,
-        choose_linear(ops, engine.threads_per_rank),
         engine.watchdog_timeout_s,
     )
     cache = engine.cache
@@ -128,17 +126,17 @@ def _measure_link(means: AttentionContext) -> LinkCost:
     )
 
 
-def _choose_ops(name: str) -> Ops:
+def _choose_ops(name: str, threads: int) -> Ops:
     """Raises ConfigError for a name that is none, or kernels that cannot be had."""
     if name not in ("auto", "sps_kernel", "torch"):
         raise ConfigError(f"attention backend {name!r} is none of auto, sps_kernel, torch")
     try:
-        return choose_ops(name)  # type: ignore[arg-type]
+        return choose_ops(name, threads)  # type: ignore[arg-type]
     except ImportError as error:
         raise ConfigError(f"attention backend sps_kernel cannot be imported: {error}") from None
 
 
-def _load(child: ChildContext[RankConfig], place: Place, ops: Ops) -> Decoder:
+def _load(child: ChildContext[RankConfig], place: Place, ops: Operators) -> Decoder:
     """This TP rank's model over the weights that all ranks of the host share."""
     engine = child.config.engine
     directory = Path(engine.model_path)
@@ -147,10 +145,7 @@ def _load(child: ChildContext[RankConfig], place: Place, ops: Ops) -> Decoder:
     )
     first = min(place.sp_peers_here().values()) - place.mesh.tp_rank
     shared = SharedWeights(child.fds["weights"], first=child.config.rank == first)
-    elementwise = choose_elementwise(ops, engine.threads_per_rank)
-    return load_model(
-        load_model_config(directory), spec, place.mesh.tp_rank, shared, elementwise=elementwise
-    )
+    return load_model(load_model_config(directory), spec, place.mesh.tp_rank, shared, ops=ops)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.arena import Arena
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
-from sps_runtime.ops.dispatch import choose_ops
-from sps_runtime.ops.elementwise import choose_elementwise
-from sps_runtime.ops.linear import choose_linear
+from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import StepPlan, StepResult
@@ -68,6 +66,7 @@ def make_contexts(
     sp: int,
     tp: int,
     hosts: tuple[int, ...],
+    ops: Ops,
 ) -> list[AttentionContext]:
     """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
     must show."""
@@ -90,10 +89,11 @@ def make_contexts(
                 store=KVStore(readable, mesh.sp_rank),
                 fence=fences.of(rank),
                 backend=choose_backend(
-                    choose_ops(), page_size=shape.page_size, head_dim=shape.head_dim
+                    ops, page_size=shape.page_size, head_dim=shape.head_dim
                 ),
                 traffic=traffic,
                 hosts=hosts,
+                ops=ops.operators,
             )
         )
     return contexts
@@ -106,6 +106,7 @@ class ThreadEngine:
         arena: weights cut for `tp` ranks.
         hosts: host of each SP rank; all on one unless told. Pools of other hosts are not readable,
             and each host has a board of its own.
+        ops: operators and attention; the kernels, where they are installed, unless told.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class ThreadEngine:
         page_size: int = 16,
         pages_per_rank: int = 256,
         hosts: tuple[int, ...] | None = None,
+        ops: Ops | None = None,
     ) -> None:
         self.sp, self.tp = sp, tp
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
@@ -135,18 +137,17 @@ class ThreadEngine:
             itemsize=arena.layout.dtype.itemsize,
         )
         world = ThreadWorld(sp * tp, timeout_s=PATIENCE_S)
-        contexts = make_contexts(world, shape, arena.layout.dtype, sp, tp, hosts)
+        ops = ops or choose_ops()
+        contexts = make_contexts(world, shape, arena.layout.dtype, sp, tp, hosts, ops)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
-        ops = choose_ops()
-        multiply, elementwise = choose_linear(ops), choose_elementwise(ops)
         self.models, self.runners = [], []
         for rank, means in enumerate(contexts):
-            model = build_model(config, arena, rank % tp, elementwise=elementwise)
+            model = build_model(config, arena, rank % tp, ops=ops.operators)
             board = TokenBoard(boards[hosts[means.mesh.sp_rank]])
             self.models.append(RecordingModel(model))
             self.runners.append(
                 ModelRunner(
-                    self.models[rank], config.vocab_size, means, board, arch, multiply, PATIENCE_S
+                    self.models[rank], config.vocab_size, means, board, arch, PATIENCE_S
                 )
             )
         self._threads = threading.Thread(target=self._run, args=(world,), daemon=True)

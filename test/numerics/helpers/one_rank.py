@@ -12,13 +12,15 @@ from torch import Tensor
 
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.decoder import Decoder
+from sps_runtime.ops.operators import TORCH, Operators
 
 
 class PlainPlacement(LinearPlacement):
     """One rank, full weights. `whole` may be switched off to take the layers' other path."""
 
-    def __init__(self, whole: bool = True) -> None:
+    def __init__(self, whole: bool = True, ops: Operators = TORCH) -> None:
         self.whole = whole
+        self.ops = ops
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return x_TD
@@ -27,11 +29,11 @@ class PlainPlacement(LinearPlacement):
         self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
         assert weight_ND.shape[0] % unit == 0
-        return F.linear(x_TD, weight_ND, bias_N)
+        return self.ops.linear(x_TD, weight_ND, bias_N)
 
     def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
         assert weight_DN.shape[1] % unit == 0
-        return F.linear(y_TN, weight_DN)
+        return self.ops.linear(y_TN, weight_DN)
 
     def leave(self, x_TD: Tensor) -> Tensor:
         return x_TD

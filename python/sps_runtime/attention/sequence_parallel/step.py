@@ -31,8 +31,8 @@ class StepState:
         self.communicator = context.mailroom.group(self.peers) if self.size > 1 else None
         writes = layout.writes(self.me)
         self._rows = None if writes.rows is None else torch.from_numpy(writes.rows)
-        self._slots = torch.from_numpy(writes.slots)
-        self._offsets = torch.from_numpy(writes.offsets)
+        self._slots = torch.from_numpy(writes.slots.astype(np.int32))
+        self._offsets = torch.from_numpy(writes.offsets.astype(np.int32))
 
     def same_host(self, a: int, b: int) -> bool:
         """Whether members a and b read each other's pools in place."""
@@ -55,7 +55,9 @@ class StepState:
             return
         if self._rows is not None:
             k_TKD, v_TKD = k_TKD[self._rows], v_TKD[self._rows]
-        self.context.store.own.write(layer, k_TKD, v_TKD, self._slots, self._offsets)
+        own = self.context.store.own
+        k_pool, v_pool = own.k[layer], own.v[layer]
+        self.context.ops.write_kv(k_TKD, v_TKD, k_pool, v_pool, self._slots, self._offsets)
 
     def publish(self, layer: int) -> None:
         """Let peers read this layer's new KV in place."""

@@ -1,0 +1,101 @@
+"""The operators that layers are made of: plain torch's, or the kernels of `sps_kernel`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sps_runtime.ops.elementwise import Elementwise, KernelElementwise, TorchElementwise
+from sps_runtime.ops.linear import kernel_linear
+
+
+class Operators(Elementwise, Protocol):
+    """What a layer asks of the machine. Values are float32 or bfloat16, sums are float32; results
+    are fresh tensors unless a docstring says otherwise. Zero rows are fine everywhere."""
+
+    def linear(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """``x @ weight.T + bias``: ``[tokens, N]``. Rows of `x` and `weight` may lie apart; within
+        a row elements are adjacent."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Add `x` to `residual` in place, and return the norm of the sum; `x` may be overwritten,
+        and may be what is returned."""
+        ...
+
+    def write_kv(
+        self,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        slots_T: Tensor,
+        offsets_T: Tensor,
+    ) -> None:
+        """Put token t's K and V at (slots_T[t], offsets_T[t]), int32 both, all pairs distinct, of
+        one layer's pools ``[slots, kv_heads, page_size, head_dim]``."""
+        ...
+
+
+class TorchOperators(TorchElementwise):
+    """The reference, and what runs without kernels."""
+
+    def linear(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        return F.linear(x_TD, weight_ND, bias_N)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(residual.add_(x), weight_D, eps)
+
+    def write_kv(
+        self,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        slots_T: Tensor,
+        offsets_T: Tensor,
+    ) -> None:
+        k_pool[slots_T, :, offsets_T] = k_TKD
+        v_pool[slots_T, :, offsets_T] = v_TKD
+
+
+TORCH = TorchOperators()
+
+
+class KernelOperators(KernelElementwise):
+    """`sps_kernel`'s, and torch's (oneDNN) for products of many rows.
+
+    A decode step calls a dozen operators a layer on a few rows each, so what a call costs before it
+    computes counts.
+
+    Args:
+        threads: threads of one call.
+    """
+
+    def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
+        super().__init__(kernels, threads)
+        self.linear = kernel_linear(kernels, threads)
+        self._no_angles = torch.empty((1, 0), dtype=torch.float32)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        self._kernels.rms_norm(x, weight_D, eps, residual=residual, out=x, threads=self._threads)
+        return x
+
+    def write_kv(
+        self,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        slots_T: Tensor,
+        offsets_T: Tensor,
+    ) -> None:
+        """The kernel rotates and writes; over zero dims and no query heads it only writes."""
+        self._kernels.rope_kv_write(
+            k_TKD[:, :0], k_TKD, v_TKD, torch.zeros_like(slots_T), self._no_angles,
+            k_pool, v_pool, slots_T, offsets_T, threads=self._threads,
+        )  # fmt: skip
