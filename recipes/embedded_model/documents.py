@@ -28,6 +28,7 @@ from . import words
 TASKS = ("single", "lookalike", "multi", "chain", "count")
 PLACES = ("end", "start", "middle")
 
+NOT_GIVEN = "not given"  # ends a list: the ordinal after the last
 _TOKENS = re.compile(r"\w*[^\W\d_]|\d|[^\w\s]|\n+")
 _OPENINGS = (
     "",
@@ -202,6 +203,10 @@ class Writer:
             space = " " if parts else ""
             parts.append((f"{space}The {ordinal} {attribute} of {name} is", False))
             parts += [(f" {value}", True), (".", False)]
+        if len(values) < len(words.ORDINALS):
+            beyond = words.ORDINALS[len(values)]
+            parts.append((f" The {beyond} {attribute} of {name} is", False))
+            parts += [(f" {NOT_GIVEN}", True), (".", False)]
         if task == "multi":
             opening, end = self.rng.choice((("What are", "?"), ("Please list", ".")))
             text = f"{opening} the {attribute}s of {name}{end}"

@@ -11,12 +11,14 @@ every token, the end of turn included, must be the most likely one: the same as 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,17 @@ from .documents import PLACES, TASKS, Document, Question, Writer, place_question
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-# Questions of each task and place, by length.
-COUNTS = {1024: 60, 2048: 60, 4096: 60, 8192: 30, 16384: 16, 32768: 6}
+# Questions of each task, by length: at the end, where ten share a document, and at each other
+# place, where each needs its own and costs ten times as much.
+COUNTS = {
+    1024: (60, 40),
+    2048: (60, 20),
+    4096: (60, 20),
+    8192: (40, 8),
+    16384: (20, 4),
+    32768: (10, 2),
+}
+SINGLE_FACTS = 120  # tokens of facts in a document of the task `single`: about ten facts
 CHAT = 80  # tokens left for the question, the answer and the chat's marks
 
 
@@ -49,8 +60,7 @@ def test_cases(task: str, length: int, place: str, count: int, seed: str) -> lis
     while sum(map(len, groups)) < count:
         name = f"{seed}/{task}/{length}/{place}/{number}"
         rng = random.Random(name)
-        # A density of zero is a single fact; the other tasks keep their own range.
-        density = 0.0 if task == "single" else None
+        density = SINGLE_FACTS / length if task == "single" else None
         document = Writer(name).document(task, length - CHAT, density)
         questions = document.questions
         rng.shuffle(questions)
@@ -114,28 +124,36 @@ def server_judge(base_url: str, model: str) -> Judge:
     return lambda cases: [ask(case) for case in cases]
 
 
-def evaluate(judge: Judge, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each task, length and place: questions asked, answers right, seconds."""
-    rows = []
-    for length in arguments.lengths:
-        for task in arguments.tasks:
-            for place in PLACES:
-                count = max(1, round(COUNTS.get(length, 20) * arguments.scale))
-                begin = time.monotonic()
-                groups = test_cases(task, length, place, count, arguments.seed)
-                right = [match for cases in groups for match in judge(cases)]
-                row = {
-                    "task": task,
-                    "length": length,
-                    "place": place,
-                    "asked": len(right),
-                    "documents": len(groups),
-                    "right": sum(right),
-                    "seconds": round(time.monotonic() - begin, 1),
-                }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    return rows
+def evaluate(judge: Judge, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each length, place and task: questions asked, answers right, seconds."""
+    for length, place, task in product(arguments.lengths, arguments.places, arguments.tasks):
+        most, few = COUNTS.get(length, (20, 4))
+        count = max(1, round((most if place == "end" else few) * arguments.scale))
+        begin = time.monotonic()
+        groups = test_cases(task, length, place, count, arguments.seed)
+        right = [match for cases in groups for match in judge(cases)]
+        yield {
+            "task": task,
+            "length": length,
+            "place": place,
+            "asked": len(right),
+            "documents": len(groups),
+            "right": sum(right),
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+
+
+def write(path: Path, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the report; rows of other cells, of the same checkpoint and judge, are kept."""
+    same = ("judged_by", "seed", "checkpoint")
+    if path.exists():
+        older = json.loads(path.read_text())
+        if all(older.get(key) == report[key] for key in same):
+            new = {(row["task"], row["length"], row["place"]) for row in rows}
+            kept = (r for r in older["rows"] if (r["task"], r["length"], r["place"]) not in new)
+            rows = [*kept, *rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -167,6 +185,7 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="model name sent to the server")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--scale", type=float, default=1.0, help="times the number of questions")
     parser.add_argument("--seed", default="test")
     parser.add_argument("--threads", type=int, default=2)
@@ -176,12 +195,18 @@ def main() -> None:
         judge = server_judge(arguments.base_url, arguments.model)
     else:
         judge = torch_judge(arguments.checkpoint, arguments.threads)
-    rows = evaluate(judge, arguments)
-    by = "server" if arguments.base_url else "plain torch, bf16"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"judged_by": by, "seed": arguments.seed, "rows": rows}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(rows))
+    weights = arguments.checkpoint / "model.safetensors"
+    report = {
+        "judged_by": "server" if arguments.base_url else "plain torch, bf16",
+        "seed": arguments.seed,
+        "checkpoint": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+    rows: list[dict[str, Any]] = []
+    for row in evaluate(judge, arguments):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write(arguments.out, report, rows)
+    print(table(json.loads(arguments.out.read_text())["rows"]))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 The document has facts for every task among filler. Questions are tried in order; kept are those
 that the checkpoint answers right with the question after, before and inside the document, up to
-``--each`` of a task. How many were tried is printed: this file shows the model, it is no test of it
-(``evaluate`` is).
+``--each`` of a task. How many of the tried ones were right is printed: this file shows the model,
+it is no test of it (``evaluate`` is).
 """
 
 from __future__ import annotations
@@ -13,38 +13,36 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections import Counter
 from pathlib import Path
 
-from .documents import PLACES, Document, Question, Writer, place_question
+from .documents import TASKS, Document, Question, Writer, place_question
 from .evaluate import ROOT, Case, Judge, torch_judge
 
 ASSETS = ROOT / "python/sps_runtime/assets"
 
 
-def answered_everywhere(document: Document, question: Question, judge: Judge) -> bool:
-    """Whether the judge gets the question right wherever it stands."""
-    messages = [f"{document.text}\n\n{question.text}"]
-    for place in PLACES:
-        messages.append(place_question(document, question.text, place, random.Random(place)))
-    return all(judge([Case(message, question)])[0] for message in messages)
-
-
 def choose(document: Document, judge: Judge, each: int, tries: int) -> list[Question]:
-    """Questions answered right, up to ``each`` of a task among the first ``tries`` of a task."""
+    """Of the first ``tries`` questions of each task, up to ``each`` answered right everywhere."""
     kept: list[Question] = []
-    tried: Counter[str] = Counter()
-    good: Counter[str] = Counter()
-    for question in document.questions:
-        task = question.task
-        if good[task] >= each or tried[task] >= tries:
-            continue
-        tried[task] += 1
-        if answered_everywhere(document, question, judge):
-            good[task] += 1
-            kept.append(question)
-    print({task: f"{good[task]} of {count} tried" for task, count in tried.items()})
+    for task in TASKS:
+        questions = [q for q in document.questions if q.task == task][:tries]
+        cases = [Case(f"{document.text}\n\n{q.text}", q) for q in questions]
+        after = [q for q, right in zip(questions, judge(cases), strict=True) if right]
+        good: list[Question] = []
+        for question in after:
+            if len(good) < each and all(
+                judge([case])[0] for case in _elsewhere(document, question)
+            ):
+                good.append(question)
+        print(f"{task}: {len(after)} of {len(questions)} right at the end, kept {len(good)}")
+        kept += good
     return kept
+
+
+def _elsewhere(document: Document, question: Question) -> list[Case]:
+    rng = random.Random(question.text)
+    places = ("start", "middle")
+    return [Case(place_question(document, question.text, p, rng), question) for p in places]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from recipes.embedded_model.documents import (
+    NOT_GIVEN,
     PLACES,
     TASKS,
     Question,
@@ -43,7 +44,8 @@ def solve(facts: dict[tuple[str, str], str], question: Question) -> list[str]:
     if question.task in ("multi", "count"):
         kind = attribute.removesuffix("s")
         values = [facts[f"{o} {kind}", name] for o in _ORDINALS if (f"{o} {kind}", name) in facts]
-        return values + [str(len(values))] * (question.task == "count")
+        count = [str(len(values))] if question.task == "count" else []
+        return values + [NOT_GIVEN] * (len(values) < len(_ORDINALS)) + count
     return [facts[attribute, name]]
 
 
