@@ -8,7 +8,8 @@ BUILD=build/sanitize
 
 # Light optimisation: the kernels are unrolled by pragma, and -O0 would take minutes to run.
 "$PYTHON" -m cmake -S . -B "$BUILD" -DSPS_SANITIZE=ON -DCMAKE_BUILD_TYPE=None \
-  -DCMAKE_CXX_FLAGS="-O1 -g1" -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" \
+  -DCMAKE_CXX_FLAGS="-O1 -g1" \
+  -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" \
   -Dnanobind_DIR="$("$PYTHON" -m nanobind --cmake_dir)" >/dev/null
 "$PYTHON" -m cmake --build "$BUILD" --parallel 2
 

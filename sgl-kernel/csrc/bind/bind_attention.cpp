@@ -16,7 +16,8 @@ class KVPools {
  public:
   KVPools(nb::sequence k, nb::sequence v) {
     const size_t n = nb::len(k);
-    if (n == 0 || nb::len(v) != n) value_error("k and v: need the same number of pools, at least 1");
+    if (n == 0 || nb::len(v) != n)
+      value_error("k and v: need the same number of pools, at least 1");
     keep_.reserve(2 * n);
     for (size_t i = 0; i < n; ++i) k_.push_back(add(k[i], "k"));
     for (size_t i = 0; i < n; ++i) v_.push_back(add(v[i], "v"));

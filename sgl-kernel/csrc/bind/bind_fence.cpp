@@ -22,7 +22,8 @@ struct Word {
   }
 
   uint64_t check(int64_t value) const {
-    const bool fits = bytes == 8 || value <= (is_signed() ? int64_t{INT32_MAX} : int64_t{UINT32_MAX});
+    const int64_t most = is_signed() ? int64_t{INT32_MAX} : int64_t{UINT32_MAX};
+    const bool fits = bytes == 8 || value <= most;
     if (value < 0 || !fits) value_error("value does not fit the word");
     return static_cast<uint64_t>(value);
   }

@@ -46,7 +46,8 @@ static float add_and_square(const char* x, char* residual, int64_t dim) {
   const char* src = residual != nullptr ? residual : x;
   int64_t i = 0;
   if (residual != nullptr) {
-    for (; i + W <= dim; i += W) T::store(residual, i, Wide::add(T::load(residual, i), T::load(x, i)));
+    for (; i + W <= dim; i += W)
+      T::store(residual, i, Wide::add(T::load(residual, i), T::load(x, i)));
     for (; i < dim; ++i) T::put(residual, i, T::get(residual, i) + T::get(x, i));
   }
   for (i = 0; i + 2 * W <= dim; i += 2 * W) {
