@@ -37,6 +37,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.timeout(400)  # four processes on a machine whose cores are busy
 @pytest.mark.parametrize("cell", ENGINES, ids=["-".join(map(str, cell[:4])) for cell in ENGINES])
 def test_processes_say_what_one_rank_says(cell: tuple) -> None:
     sp, tp, arch, page_size, strategies = cell
