@@ -24,7 +24,7 @@ TASK_WEIGHTS = {
     "count": 0.15,
     "mixed": 0.15,
 }
-OPEN_SHARE = 0.1  # documents with invented names and words
+OPEN_SHARE = 0.15  # documents with invented names and words
 LISTS = ("multi", "count")
 OTHER_WEIGHT = 0.02  # of tokens that are no answer
 FIRST_VALUE_WEIGHT = 4.0  # the first token of a value is the hard one

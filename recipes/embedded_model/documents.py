@@ -140,11 +140,12 @@ class Writer:
 
     def invented(self) -> str:
         """A word that is in no list."""
-        count = self.rng.randrange(2, 4)
+        pick = self.rng.choice
         syllables = [
-            self.rng.choice("bdfghjklmnprstvz") + self.rng.choice("aeiou") for _ in range(count)
+            pick(words.ONSETS) + pick(words.VOWELS) + pick(words.CODAS)
+            for _ in range(self.rng.randrange(1, 4))
         ]
-        return "".join(syllables) + self.rng.choice(("", "", "n", "r", "s", "l", "t", "ck"))
+        return "".join(syllables) + pick(words.ENDINGS)
 
     def name(self) -> str:
         if self.open_words:

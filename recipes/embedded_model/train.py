@@ -1,6 +1,6 @@
 """Train the embedded model on CPU with plain torch; resumes from its last checkpoint.
 
-    python -m recipes.embedded_model.train --out DIR --minutes 100
+    python -m recipes.embedded_model.train --out DIR --minutes 60
 
 Matrices are trained with Muon, the rest (embeddings, gains) with AdamW. The document length starts
 at 64 tokens and doubles whenever answers get right. DIR/state.safetensors (and .json) is written
@@ -133,7 +133,7 @@ class Trainer:
         level = self.progress.level
         recap = rng.random() < self.arguments.recap_share
         if not recap:
-            level = min(level, 1 + int(rng.expovariate(0.35)))
+            level = min(level, 1 + int(rng.expovariate(self.arguments.short_chats)))
         elif level > 1 and rng.random() > self.arguments.top_share:
             level = rng.randrange(max(1, level - 4), level)
         return 64 << level, recap
@@ -253,14 +253,15 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=100)
+    parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--decay", type=float, default=0.3, help="last share of time, lr falls")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a batch")
+    parser.add_argument("--decay", type=float, default=0.36, help="last share of time, lr falls")
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens of a batch")
     parser.add_argument("--longest", type=int, default=8192, help="longest documents")
     parser.add_argument("--top-share", type=float, default=0.5)
-    parser.add_argument("--pass-mark", type=float, default=0.9)
-    parser.add_argument("--recap-share", type=float, default=0.5)
+    parser.add_argument("--pass-mark", type=float, default=0.96)
+    parser.add_argument("--short-chats", type=float, default=0.35, help="the higher, the shorter")
+    parser.add_argument("--recap-share", type=float, default=0.35)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

@@ -72,3 +72,9 @@ TIMES = (
     "On the first day|Towards the end of autumn|Once a week"
 ).split("|")
 PREPOSITIONS = "near behind beside beyond above across past".split()
+
+# Invented words: syllables of onset, vowel and coda, then an ending.
+ONSETS = "b br c ch d dr f fr g gr h j k kr l m n p pr qu r s sh st t th tr v w y z".split()
+VOWELS = "a a e e i i o o u ai au ay ea ee ie oo ou".split()
+CODAS = ["", "", "", "", "l", "m", "n", "r", "s", "t", "b", "d", "ck", "ll", "nd", "ng", "rt", "st"]
+ENDINGS = ["", "", "", "", "", "ley", "man", "son", "ton", "sky", "ez", "berg", "ova", "ini", "h"]
