@@ -60,13 +60,13 @@ class Question:
 
 QUICK = (Question("embedded", (2048,), (setup(1), setup(2))),)
 FULL = (
-    Question("0.5b", (512, 2048, 8192), (setup(1), setup(2)), rounds=2),
-    Question("0.5b", (16384,), (setup(1), setup(2))),
-    Question("0.5b", (8192,), (setup(2, strategy="pass-kv"), setup(2, strategy="pass-q"))),
-    Question("0.5b", (8192,), (setup(2, strategy="ulysses"), setup(1, tp=2))),
+    Question("0.5b", (512, 2048, 8192), (setup(1), setup(2))),
+    Question("0.5b", (4096,), (setup(2, strategy="pass-kv"), setup(2, strategy="pass-q"))),
+    Question("0.5b", (4096,), (setup(2, strategy="ulysses"), setup(1, tp=2))),
     Question("0.5b", (2048,), (setup(2, arch="tp"), setup(2))),
-    Question("gqa8", (2048, 8192), (setup(1), setup(2))),
+    Question("gqa8", (2048,), (setup(1), setup(2))),
     Question("embedded", (2048, 8192, 32768), (setup(1), setup(2))),
+    Question("0.5b", (16384,), (setup(1), setup(2))),
 )
 DECODED = 129
 """Tokens of the run that measures a decode step's overhead, after a prompt of one page."""
@@ -201,11 +201,12 @@ def shares(
 def main() -> None:
     args = arguments(__doc__ or "").parse_args()
     rng = random.Random(0)
+    questions = QUICK if args.quick else FULL
     before = floors(2)
     figures: dict[str, float] = {}
     raw: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for question in QUICK if args.quick else FULL:
+        for question in questions:
             flags = []
             if question.model != "embedded":
                 path = Path(folder) / f"bench-{question.model}"
@@ -216,7 +217,7 @@ def main() -> None:
             figures.update(figures_of(question, rows))
             raw.append({"model": question.model, "rows": rows})
     floor = best_floors(before, floors(2))
-    for question in QUICK if args.quick else FULL:
+    for question in questions:
         if question.model in SHAPES:
             figures.update(shares(question, SHAPES[question.model], figures, floor))
     report(args.json, {**floor, **figures}, raw)
