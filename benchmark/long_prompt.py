@@ -9,6 +9,7 @@ Metrics are defined in benchmark/README.md.
 
 from __future__ import annotations
 
+import argparse
 import random
 import tempfile
 from dataclasses import dataclass
@@ -39,10 +40,14 @@ class Setup:
     flags: tuple[str, ...]
 
 
-def setup(sp: int = 1, tp: int = 1, strategy: str = "auto", arch: str = "ntp") -> Setup:
+def setup(
+    sp: int = 1, tp: int = 1, strategy: str = "auto", arch: str = "ntp", beside: str = ""
+) -> Setup:
+    """`beside` marks a repeated setup in a question's figures, so that it replaces no other's."""
     name = f"sp{sp}" + (f"_tp{tp}" if tp > 1 else "")
     name += f"_{strategy.replace('-', '_')}" if strategy != "auto" else ""
     name += "_sptp" if arch == "tp" else ""
+    name += f"_beside_{beside}" if beside else ""
     flags = ("--sp-size", str(sp), "--tp-size", str(tp), "--sp-strategy", strategy)
     return Setup(name, sp * tp, (*flags, "--sp-arch", arch, "--threads-per-rank", "1"))
 
@@ -63,13 +68,14 @@ FULL = (
     Question("0.5b", (512, 2048, 8192), (setup(1), setup(2))),
     Question("0.5b", (4096,), (setup(2, strategy="pass-kv"), setup(2, strategy="pass-q"))),
     Question("0.5b", (4096,), (setup(2, strategy="ulysses"), setup(1, tp=2))),
-    Question("0.5b", (2048,), (setup(2, arch="tp"), setup(2))),
+    Question("0.5b", (2048,), (setup(2, arch="tp"), setup(2, beside="sptp"))),
     Question("gqa8", (2048,), (setup(1), setup(2))),
     Question("embedded", (2048, 8192, 32768), (setup(1), setup(2))),
     Question("0.5b", (16384,), (setup(1), setup(2))),
 )
-DECODED = 129
-"""Tokens of the run that measures a decode step's overhead, after a prompt of one page."""
+DECODED, BEFORE = 129, 8 * PAGE
+"""Tokens of the run that measures a decode step's overhead, and of its prompt, which is long enough
+to be spread over two ranks."""
 
 
 def flops(shape: dict[str, int], tokens: int) -> float:
@@ -111,7 +117,7 @@ def one(server: Server, length: int, new_tokens: int, rng: random.Random) -> dic
 def overhead(row: dict[str, Any], side: Setup) -> float:
     """The share of a decode's wall time in which a rank was in no step: HTTP, scheduling, links.
 
-    The prefill of one page is counted in, on both sides of the division.
+    The prefill is counted in, on both sides of the division. All ranks must have taken part.
     """
     counters = row["counters"]
     inside = counters["compute_seconds_total"] + counters["exposed_seconds_total"]
@@ -133,7 +139,7 @@ def ask(question: Question, model: list[str], rng: random.Random) -> list[dict[s
                     row = one(server, length, question.new_tokens, rng)
                     rows.append({"setup": side.name, "length": length, "ranks": side.ranks, **row})
         for side, server in ((a, server_a), (b, server_b)):
-            row = one(server, PAGE, DECODED, rng)
+            row = one(server, BEFORE, DECODED, rng)
             rows.append({"setup": side.name, "ranks": side.ranks, "overhead": overhead(row, side)})
             memory = {"peak_pss_bytes": server.peak_pss_bytes, "ready_s": server.ready_s}
             rows.append({"setup": side.name, **memory})
@@ -198,11 +204,24 @@ def shares(
     return result
 
 
-def main() -> None:
-    args = arguments(__doc__ or "").parse_args()
-    rng = random.Random(0)
+def chosen(args: argparse.Namespace) -> list[Question]:
+    """The questions that the command line asks for."""
     questions = QUICK if args.quick else FULL
-    before = floors(2)
+    if args.only:
+        model, length = args.only.rsplit(":", 1)
+        pairs = (setup(1), setup(2))
+        return [Question(model, (int(length),), pairs, rounds=args.rounds)]
+    return list(questions)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--only", help="MODEL:LENGTH, sp=1 against sp=2 on one model and length")
+    parser.add_argument("--rounds", type=int, default=1, help="A B B A this often, with --only")
+    args = parser.parse_args()
+    rng = random.Random(0)
+    questions = chosen(args)
+    before, alone = floors(2), floors(1)
     figures: dict[str, float] = {}
     raw: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -220,6 +239,8 @@ def main() -> None:
     for question in questions:
         if question.model in SHAPES:
             figures.update(shares(question, SHAPES[question.model], figures, floor))
+    alone = best_floors(alone, floors(1))
+    floor |= {f"{name}_1_thread": value for name, value in alone.items()}
     report(args.json, {**floor, **figures}, raw)
 
 

@@ -26,7 +26,8 @@ def main() -> None:
     result = json.loads(source.read_text())
     figures = result["figures"]
     prefix = "ttft_s_0_5b_sp1_"
-    lengths = sorted(int(name.removeprefix(prefix)) for name in figures if name.startswith(prefix))
+    found = [name.removeprefix(prefix) for name in figures if name.startswith(prefix)]
+    lengths = sorted(int(length) for length in found if length.isdigit())
     picture, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
     width = 0.8 / len(lengths)
     for index, length in enumerate(lengths):
@@ -34,7 +35,7 @@ def main() -> None:
         times = [figures[f"ttft_s_0_5b_sp{degree}_{length}"] for degree in DEGREES]
         at = [degree + (index - (len(lengths) - 1) / 2) * width for degree in DEGREES]
         bars = axes.bar(at, times, width * 0.92, color=colour, label=f"{length:,} tokens")
-        ratio = times[0] / times[1]
+        ratio = figures[f"ttft_ratio_0_5b_sp1_over_sp2_{length}"]
         labels = [f"{times[0]:.2f} s", f"{times[1]:.2f} s\n{ratio:.2f}x"]
         axes.bar_label(bars, labels, fontsize=7, padding=2)
     axes.set_yscale("log")
