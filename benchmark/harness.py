@@ -107,7 +107,9 @@ class Stream:
 class Server:
     """`sps_runtime.launch_server` with given flags, as a context manager.
 
-    Samples the proportional set size of the whole process tree every 0.2 s.
+    `watch_memory` samples the proportional set size of the whole process tree. Reading it walks
+    page tables for tens of milliseconds, which ranks that fill the cores would pay for: never while
+    something is timed.
     """
 
     def __init__(self, *flags: str) -> None:
@@ -123,12 +125,9 @@ class Server:
         self.process = subprocess.Popen([*command, *self.flags], env=env)
         self._wait_ready(120)
         self.ready_s = time.perf_counter() - self.started
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(15)
@@ -145,6 +144,18 @@ class Server:
                     return
             time.sleep(0.05)
         raise TimeoutError("the server did not become healthy")
+
+    @contextlib.contextmanager
+    def watch_memory(self) -> Iterator[None]:
+        """Sample every 0.2 s while the body runs; the peak is in `peak_pss_bytes`."""
+        self._stop.clear()
+        sampler = threading.Thread(target=self._sample, daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            sampler.join()
 
     def _sample(self) -> None:
         while not self._stop.wait(0.2):

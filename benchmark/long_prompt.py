@@ -73,6 +73,8 @@ FULL = (
     Question("embedded", (2048, 8192, 32768), (setup(1), setup(2))),
     Question("0.5b", (16384,), (setup(1), setup(2))),
 )
+WATCHED = 4096
+"""Tokens at most of the untimed prompt that memory is watched with: full chunks on two ranks."""
 DECODED, BEFORE = 129, 8 * PAGE
 """Tokens of the run that measures a decode step's overhead, and of its prompt, which is long enough
 to be spread over two ranks."""
@@ -132,7 +134,8 @@ def ask(question: Question, model: list[str], rng: random.Random) -> list[dict[s
     a, b = question.setups
     with Server(*common, *a.flags) as server_a, Server(*common, *b.flags) as server_b:
         for server in (server_a, server_b):
-            one(server, PAGE * 4, 4, rng)
+            with server.watch_memory():
+                one(server, min(WATCHED, max(question.lengths)), 4, rng)
         for length in question.lengths:
             for _ in range(question.rounds):
                 for side, server in ((a, server_a), (b, server_b), (b, server_b), (a, server_a)):
