@@ -1,4 +1,4 @@
-"""Draw docs/ttft.png from benchmark/results/long_prompt.json: TTFT against SP degree.
+"""Draw docs/ttft.png from benchmark/results/long_prompt_sp.json: TTFT against SP degree.
 
 python benchmark/plot_long_prompt.py [RESULT.json] [PICTURE.png]
 """
@@ -21,7 +21,7 @@ COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
 
 def main() -> None:
     names = sys.argv[1:]
-    source = Path(names[0]) if names else ROOT / "benchmark" / "results" / "long_prompt.json"
+    source = Path(names[0]) if names else ROOT / "benchmark" / "results" / "long_prompt_sp.json"
     target = Path(names[1]) if len(names) > 1 else ROOT / "docs" / "ttft.png"
     result = json.loads(source.read_text())
     figures = result["figures"]
