@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sps_runtime.ops.dispatch import choose_ops
-from sps_runtime.ops.elementwise import TorchElementwise, choose_elementwise
+from sps_runtime.ops.elementwise import TorchElementwise
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.04}
 TRUTH = TorchElementwise()
@@ -15,7 +15,7 @@ TRUTH = TorchElementwise()
 @pytest.mark.parametrize("dtype", list(ERROR))
 @pytest.mark.parametrize("tokens", [0, 1, 33])
 def test_chosen_and_torch_agree(tokens: int, dtype: torch.dtype) -> None:
-    chosen = choose_elementwise(choose_ops())
+    chosen = choose_ops().operators
     make = torch.Generator().manual_seed(tokens)
 
     def random(*shape: int) -> torch.Tensor:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sps_runtime.ops.dispatch import Ops
 
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(q, k ``[tokens, heads, head_dim]``) -> both rotated, perhaps in place."""
@@ -91,10 +88,3 @@ class KernelElementwise:
             return q_THD, k_TKD
 
         return turn
-
-
-def choose_elementwise(ops: Ops, threads: int = 1) -> Elementwise:
-    """What a CPU rank uses."""
-    if ops.kernels is None:
-        return TorchElementwise()
-    return KernelElementwise(ops.kernels, threads)
