@@ -220,6 +220,7 @@ def _add_operations(group: argparse._ArgumentGroup) -> None:
     levels = ["debug", "info", "warning", "error"]
     add("--log-level", default="info", type=str.lower, choices=levels)
     add("--log-format", default="plain", choices=["plain", "json"])
+    add("--trace-file", default="", help="timeline of every step, for ui.perfetto.dev")
     add("--log-requests", action="store_true", help="one line per request, never its text")
     add("--watchdog-timeout", type=float, default=300.0, help="seconds without progress")
     add("--drain-timeout", type=float, default=30.0, help="seconds that SIGTERM waits")
@@ -250,6 +251,7 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         dist_key_file=parsed.dist_key_file,
         log_level=parsed.log_level,
         log_format=parsed.log_format,
+        trace_file=parsed.trace_file,
         parallel=_parallel(parsed),
         scheduler=_scheduler(parsed),
     )

@@ -26,6 +26,7 @@ class EngineOptions:
         pages_per_rank: the same, told in pages of one SP rank.
         mem_fraction_static: share of this host's free memory for KV (SGLang's name).
         bind_cores: bind each rank to cores of its own where there are enough.
+        trace_file: write a timeline of steps here, for Perfetto or chrome://tracing.
         dist_key_file: file with the secret that hosts of one engine share.
     """
 
@@ -51,6 +52,7 @@ class EngineOptions:
     dist_key_file: str = ""
     log_level: str = "info"
     log_format: Literal["plain", "json"] = "plain"
+    trace_file: str = ""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

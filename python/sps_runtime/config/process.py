@@ -50,10 +50,16 @@ def local_endpoints(run_dir: Path, world_size: int) -> Endpoints:
 
 
 class LogConfig(msgspec.Struct, frozen=True):
-    """How processes log to stderr: ``plain`` or ``json`` lines."""
+    """How processes tell what they do.
+
+    Attributes:
+        level, format: of the log on stderr: ``plain`` or ``json`` lines.
+        trace_file: where the timeline goes (`telemetry.timeline`); none where empty.
+    """
 
     level: str = "info"
     format: str = "plain"
+    trace_file: str = ""
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):

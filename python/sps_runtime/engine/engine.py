@@ -58,7 +58,7 @@ class Engine:
         options = make_options({"log_level": "warning", **settings, "model_path": model_path})
         directory, model = check_model(options)
         config = settle(options, model, directory)
-        log = LogConfig(options.log_level, options.log_format)
+        log = LogConfig(options.log_level, options.log_format, options.trace_file)
         self._exit = contextlib.ExitStack()
         self._family = Family(EngineProcesses(config, model, log))
         self._exit.callback(self._family.close)

@@ -22,6 +22,7 @@ from sps_runtime.ipc.process import Child, spawn
 from sps_runtime.ipc.run_dir import RunDir, create_run_dir
 from sps_runtime.launch.nodes import first_node_endpoints, local_ranks, other_node_endpoints
 from sps_runtime.runner.token_board import board_bytes
+from sps_runtime.telemetry import timeline
 
 SCHEDULER_MODULE = "sps_runtime.scheduler.process"
 RANK_MODULES = {
@@ -53,6 +54,8 @@ class EngineProcesses:
         self.model = model
         self.log = log
         self.children: list[Child] = []
+        if log.trace_file:
+            timeline.create(log.trace_file)
         self.run_dir, self.endpoints = _open_run_dir(config.parallel, secret)
         ranks = local_ranks(config.parallel)
         self._memory = {f"kv.{rank}": create_memory(f"kv.{rank}") for rank in ranks}
@@ -116,6 +119,8 @@ class EngineProcesses:
         for descriptor in (*self._memory.values(), self._heartbeat_fd):
             os.close(descriptor)
         self._memory.clear()
+        if self.log.trace_file:
+            timeline.finish(self.log.trace_file)
         if self.run_dir is not None:
             self.run_dir.remove()
 

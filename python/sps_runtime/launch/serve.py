@@ -47,7 +47,7 @@ def serve(
     What is wrong with the configuration is one line on stderr and status 2, before anything heavy
     starts.
     """
-    log = LogConfig(options.log_level, options.log_format)
+    log = LogConfig(options.log_level, options.log_format, options.trace_file)
     parallel = options.parallel
     watch = Watch()
     with watch.signals(*STOP_SIGNALS):

@@ -26,6 +26,7 @@ from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
 from sps_runtime.runner.sampler import sample
 from sps_runtime.runner.token_board import TokenBoard
+from sps_runtime.telemetry.timeline import NoTimeline, Timeline
 from sps_runtime.types.plan import (
     PromptLogprobs,
     SampledToken,
@@ -75,6 +76,7 @@ class ModelRunner:
         board: the host's token board.
         arch: what sharded tokens meet: whole weights or cut ones.
         token_timeout_s: how long a token that a plan names may take to appear on the board.
+        timeline: where spans of steps and their parts go.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class ModelRunner:
         board: TokenBoard,
         arch: Arch,
         token_timeout_s: float = 300.0,
+        timeline: Timeline | None = None,
     ) -> None:
         self._model = model
         self._vocab = vocab
@@ -92,6 +95,7 @@ class ModelRunner:
         self._board = board
         self._arch = arch
         self._token_timeout_s = token_timeout_s
+        self._timeline: Timeline = timeline or NoTimeline()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -104,10 +108,15 @@ class ModelRunner:
         began, waited = time.perf_counter(), self._board.waited_s
         traffic = self._means.traffic
         traffic.take()
-        step = self._prepare(plan)
-        hidden_TD = self._model.forward(step.batch.tokens_T, step.context)
-        sampled = self._sample(step, hidden_TD)
-        judged = self._judge(step, hidden_TD)
+        span = self._timeline.span
+        with span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
+            with span("prepare", "host"):
+                step = self._prepare(plan)
+            with span("forward", "forward", tokens=len(step.batch.tokens_T)):
+                hidden_TD = self._model.forward(step.batch.tokens_T, step.context)
+            with span("sample", "host"):
+                sampled = self._sample(step, hidden_TD)
+            judged = self._judge(step, hidden_TD)
         took = traffic.take()
         exposed = took.exposed_s + self._board.waited_s - waited
         counters = StepCounters(

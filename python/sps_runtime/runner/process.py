@@ -29,8 +29,10 @@ from sps_runtime.runner.links import open_links
 from sps_runtime.runner.measure import measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard
+from sps_runtime.runner.traced import trace_means, trace_operators
 from sps_runtime.runner.warm_up import warm_up
 from sps_runtime.telemetry.logs import setup_logging
+from sps_runtime.telemetry.timeline import Timeline, open_timeline
 from sps_runtime.types.errors import ConfigError
 from sps_runtime.types.messages import FromRank, LinkCost, RankReady, StopEngine, ToRank
 from sps_runtime.types.plan import StepResult
@@ -49,9 +51,10 @@ def main() -> None:
 def run(child: ChildContext[RankConfig]) -> None:
     """Serve until told to stop."""
     config, context = child.config, new_context()
+    timeline = open_timeline(config.log.trace_file, config.rank, child.name)
     plans, results = open_links(context, config)
     try:
-        runner, ready = start(child)
+        runner, ready = start(child, timeline)
         results.send(ready)
         child.ready(ready.detail)
         gc.collect()
@@ -61,6 +64,7 @@ def run(child: ChildContext[RankConfig]) -> None:
         plans.close()
         results.close(FAREWELL_MS)
         context.term()
+        timeline.flush()
 
 
 def loop(
@@ -78,14 +82,15 @@ def loop(
             raise
 
 
-def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
+def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRunner, RankReady]:
     """Load this rank's model, meet the others, warm up and measure."""
     config, engine = child.config, child.config.engine
     torch.set_num_threads(engine.threads_per_rank)
     place = Place.of(config.rank, engine.parallel)
     began = time.monotonic()
     ops = _choose_ops(engine.attention_backend, engine.threads_per_rank)
-    model = _load(child, place, ops.operators)
+    operators = trace_operators(ops.operators, timeline)
+    model = _load(child, place, operators)
     dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
     backend = choose_backend(
         ops,
@@ -93,14 +98,15 @@ def start(child: ChildContext[RankConfig]) -> tuple[ModelRunner, RankReady]:
         head_dim=model.config.head_dim,
         threads=engine.threads_per_rank,
     )
-    means = open_means(config, place, model.config, dtype, backend, ops.operators, child.fds)
+    means = open_means(config, place, model.config, dtype, backend, operators, child.fds)
     runner = ModelRunner(
         model,
         vocab,
-        means,
+        trace_means(means, timeline),
         TokenBoard(map_memory(child.fds["board"])),
         engine.parallel.arch,
         engine.watchdog_timeout_s,
+        timeline,
     )
     cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)

@@ -18,6 +18,7 @@ import zmq
 from sps_runtime.ipc.heartbeat import Heartbeat
 from sps_runtime.ipc.links import Receiver, Sender, encode
 from sps_runtime.scheduler.scheduler import Scheduler
+from sps_runtime.telemetry.timeline import Timeline
 from sps_runtime.types.errors import EngineDead
 from sps_runtime.types.messages import (
     Abort,
@@ -123,6 +124,7 @@ class SchedulerLoop:
     Args:
         tp_size: peers that execute each plan beside every SP rank of its group.
         heartbeat: beaten every turn.
+        timeline: where spans of turns go.
     """
 
     def __init__(
@@ -133,9 +135,11 @@ class SchedulerLoop:
         tp_size: int,
         watchdog: Watchdog,
         heartbeat: Heartbeat,
+        timeline: Timeline,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
+        self._timeline = timeline
         self._links = links
         self._tp_size = tp_size
         self._watchdog = watchdog
@@ -157,7 +161,8 @@ class SchedulerLoop:
         """
         while not self._stopping:
             self._poller.poll(TURN_MS)
-            self.turn()
+            with self._timeline.span("turn", "host"):
+                self.turn()
 
     def turn(self) -> None:
         """Take what is here, plan, send."""

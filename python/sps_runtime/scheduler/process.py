@@ -20,6 +20,7 @@ from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.scheduler.loop import TURN_MS, Links, SchedulerLoop, Watchdog
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
 from sps_runtime.telemetry.logs import setup_logging
+from sps_runtime.telemetry.timeline import OTHER_PROCESSES, open_timeline
 from sps_runtime.types.errors import ConfigError
 from sps_runtime.types.messages import (
     EngineFailed,
@@ -46,6 +47,7 @@ def main() -> None:
 def run(child: ChildContext[SchedulerProcessConfig]) -> None:
     """Schedule until told to stop; whatever ends it otherwise is told to the front end first."""
     config = child.config
+    timeline = open_timeline(config.log.trace_file, OTHER_PROCESSES, child.name)
     links = _open_links(config)
     try:
         ready = _wait_for_ranks(links, config.engine)
@@ -59,6 +61,7 @@ def run(child: ChildContext[SchedulerProcessConfig]) -> None:
                 time.monotonic,
             ),
             heartbeat=Heartbeat(child.fds["heartbeat"]),
+            timeline=timeline,
         )
         cache = config.engine.cache
         links.frontend.send(EngineReady(config.engine.max_total_tokens, cache.page_size))
@@ -69,6 +72,7 @@ def run(child: ChildContext[SchedulerProcessConfig]) -> None:
         raise
     finally:
         links.close()
+        timeline.flush()
 
 
 def make_scheduler(

@@ -1,0 +1,93 @@
+"""A rank's parts with a span around each call, for its timeline; nothing of this runs without one.
+
+The parts are wrapped from outside, so that none of them knows of timelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.distributed.communicator import Communicator, Kind, Mailroom
+from sps_runtime.ops.elementwise import Rotate
+from sps_runtime.ops.operators import Operators
+from sps_runtime.telemetry.timeline import Timeline, traced
+
+_OPERATORS = ("linear", "add_rms_norm", "rms_norm", "silu_mul", "write_kv")
+
+
+class _Traced:
+    """Passes everything on; the methods that are named become spans.
+
+    Args:
+        part: what is wrapped.
+        methods: method -> (name of the span, its category).
+    """
+
+    def __init__(
+        self, part: object, timeline: Timeline, methods: dict[str, tuple[str, str]]
+    ) -> None:
+        self._part = part
+        self._timeline = timeline
+        for method, (name, category) in methods.items():
+            setattr(self, method, traced(timeline, name, category, getattr(part, method)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+
+class _TracedOperators(_Traced):
+    def __init__(self, ops: Operators, timeline: Timeline) -> None:
+        super().__init__(ops, timeline, {name: (name, "compute") for name in _OPERATORS})
+
+    def rotation(self, cos_TF: Tensor, sin_TF: Tensor, dtype: torch.dtype) -> Rotate:
+        rotate = cast(Operators, self._part).rotation(cos_TF, sin_TF, dtype)
+        return traced(self._timeline, "rope", "compute", rotate)
+
+
+class _TracedCommunicator(_Traced):
+    def __init__(self, communicator: Communicator, timeline: Timeline) -> None:
+        super().__init__(communicator, timeline, {})
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        communicator = cast(Communicator, self._part)
+        sent = sum(t.nbytes for i, t in enumerate(send) if i != communicator.rank)
+        with self._timeline.span(f"exchange {kind}", "communicate", sent_bytes=sent):
+            communicator.exchange(send, recv, kind)
+
+
+class _TracedMailroom:
+    def __init__(self, mailroom: Mailroom, timeline: Timeline) -> None:
+        self._mailroom = mailroom
+        self._timeline = timeline
+        self._groups: dict[tuple[int, ...], Communicator] = {}
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        found = self._groups.get(global_ranks)
+        if found is None:
+            made = _TracedCommunicator(self._mailroom.group(global_ranks), self._timeline)
+            found = self._groups[global_ranks] = cast(Communicator, made)
+        return found
+
+
+def trace_operators(ops: Operators, timeline: Timeline) -> Operators:
+    """Operators whose calls are spans; the same ones where nobody looks."""
+    return cast(Operators, _TracedOperators(ops, timeline)) if timeline.on else ops
+
+
+def trace_means(means: AttentionContext, timeline: Timeline) -> AttentionContext:
+    """Attention, merges, exchanges and waits as spans; the same means where nobody looks."""
+    if not timeline.on:
+        return means
+    backend = {"partial": ("attention", "compute"), "merge": ("merge", "compute")}
+    return replace(
+        means,
+        mailroom=_TracedMailroom(means.mailroom, timeline),
+        backend=cast(Any, _Traced(means.backend, timeline, backend)),
+        fence=cast(Any, _Traced(means.fence, timeline, {"wait": ("wait for KV", "wait")})),
+    )

@@ -1,0 +1,89 @@
+"""The timeline file: several processes, one array that any JSON reader takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sps_runtime.telemetry import timeline
+from sps_runtime.telemetry.timeline import NoTimeline, TraceFile, open_timeline, traced
+
+
+def spans(path: Path) -> list[dict[str, object]]:
+    return [event for event in json.loads(path.read_text()) if event["ph"] == "X"]
+
+
+def test_spans_nest_and_keep_their_details(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.create(path)
+    rank = TraceFile(path, 3, "rank-3")
+    before = time.monotonic_ns() / 1e3
+    with rank.span("step", "step", epoch=7), rank.span("linear", "compute"):
+        time.sleep(0.002)
+    rank.close()
+    timeline.finish(path)
+    inner, outer = spans(path)
+    assert (inner["name"], outer["name"], outer["args"]) == ("linear", "step", {"epoch": 7})
+    assert {inner["pid"], outer["pid"]} == {3}
+    assert before <= outer["ts"] <= inner["ts"]
+    assert outer["dur"] >= inner["dur"] >= 2000
+    assert outer["ts"] + outer["dur"] >= inner["ts"] + inner["dur"]
+
+
+def test_a_span_is_written_when_its_block_raises(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.create(path)
+    rank = TraceFile(path, 0, "rank-0")
+    with pytest.raises(KeyError), rank.span("broken", "step"):
+        raise KeyError
+    rank.close()
+    timeline.finish(path)
+    assert [span["name"] for span in spans(path)] == ["broken"]
+
+
+WRITER = """
+import sys
+from sps_runtime.telemetry.timeline import TraceFile
+rank = TraceFile(sys.argv[1], int(sys.argv[2]), "r")
+for index in range(3000):
+    with rank.span("x" * (index % 97 + 1), "step", index=index):
+        pass
+rank.close()
+"""
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.create(path)
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*command, str(number)]) for number in range(3)]
+    assert [writer.wait(30) for writer in writers] == [0, 0, 0]
+    timeline.finish(path)
+    found = spans(path)
+    for number in range(3):
+        mine = [span["args"] for span in found if span["pid"] == number]
+        assert mine == [{"index": index} for index in range(3000)]
+
+
+def test_nothing_is_written_where_nobody_looks(tmp_path: Path) -> None:
+    silent = open_timeline("", 0, "rank-0")
+    assert isinstance(silent, NoTimeline) and not silent.on
+    with silent.span("step", "step"):
+        pass
+    silent.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traced_call_answers_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.create(path)
+    rank = TraceFile(path, 0, "rank-0")
+    assert traced(rank, "power", "compute", pow)(2, 5) == 32
+    rank.close()
+    timeline.finish(path)
+    assert [span["name"] for span in spans(path)] == ["power"]
