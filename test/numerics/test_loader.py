@@ -66,7 +66,7 @@ def test_dtype_is_converted_on_the_way(tmp_path: Path) -> None:
     config = load_model_config(tmp_path)
     spec = LoadSpec(tmp_path, dtype="bfloat16")
     name, source = "layers.1.down", "model.layers.1.mlp.down_proj.weight"
-    loaded = load_weights(config, spec).tensors(0)[name]
+    loaded = load_weights(config, spec).matrices(0)[name].tensor_NK
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(loaded, load_file(tmp_path / "model.safetensors")[source].bfloat16())
 
@@ -75,18 +75,18 @@ def test_a_tied_head_takes_no_memory(tmp_path: Path) -> None:
     config = load_model_config(save(make_reference("qwen2-tied"), tmp_path))
     arena = load_weights(config, LoadSpec(tmp_path, tp_size=2))
     for rank, rows in ((0, slice(0, 130)), (1, slice(130, 259))):
-        tensors = arena.tensors(rank)
-        share = tensors["embed"][rows]
-        assert tensors["head"].shape == share.shape
-        assert tensors["head"].data_ptr() == share.data_ptr()
+        share = arena.tensors(rank)["embed"][rows]
+        head = arena.matrices(rank)["head"].tensor_NK
+        assert head.shape == share.shape
+        assert head.data_ptr() == share.data_ptr()
 
 
 def test_every_slice_is_contiguous_and_aligned(tmp_path: Path) -> None:
     config = load_model_config(single_file(tmp_path))
     arena = load_weights(config, LoadSpec(tmp_path, tp_size=4))
     for rank in range(4):
-        for name, tensor in arena.tensors(rank).items():
-            assert tensor.is_contiguous(), name
+        for name, entry in arena.layout.of(rank, linear=True):
+            assert arena.tensor(entry).is_contiguous(), name
     assert all(e.offset % 64 == 0 for k, e in arena.layout.entries.items() if k[1] != "head")
 
 
@@ -137,9 +137,9 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     other = load_weights(config, LoadSpec(tmp_path, load_format="dummy", seed=6))
     split = load_weights(config, LoadSpec(tmp_path, load_format="dummy", seed=5, tp_size=2))
     name = "layers.0.output"
-    assert not torch.equal(one.tensors(0)[name], other.tensors(0)[name])
-    joined = torch.cat([split.tensors(rank)[name] for rank in (0, 1)], dim=1)
-    assert torch.equal(joined, one.tensors(0)[name])
+    assert not torch.equal(one.matrices(0)[name].tensor_NK, other.matrices(0)[name].tensor_NK)
+    joined = torch.cat([split.matrices(rank)[name].tensor_NK for rank in (0, 1)], dim=1)
+    assert torch.equal(joined, one.matrices(0)[name].tensor_NK)
     logits = logits_of(build_model(config, one), prompt(20))
     assert logits.isfinite().all() and logits.std() > 0.01
 

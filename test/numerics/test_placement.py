@@ -10,6 +10,7 @@ from sps_runtime.distributed.mesh import Mesh, shares
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.layers.placement import GroupLinks, ReplicatedTokens, place, unit_shares
 from sps_runtime.ops.dispatch import choose_ops
+from sps_runtime.ops.weight import PlainWeight
 
 HIDDEN, UNIT, VOCAB = 20, 3, 23
 Q, KV = 12 * UNIT, 4 * UNIT
@@ -49,7 +50,7 @@ def run_block(block: Block, links: GroupLinks, mesh: Mesh, case: tuple[str, str]
     entered = linear.enter(x)
     weights = [tp_slice(w, mesh) for w in block.qkv]
     parts = [
-        linear.column(entered, w, tp_slice(b, mesh), UNIT)
+        linear.column(entered, PlainWeight(w), tp_slice(b, mesh), UNIT)
         for w, b in zip(weights, block.bias, strict=True)
     ]
     q, k, v = linear.to_tokens_each(parts, [len(w) for w in weights], UNIT)
@@ -59,9 +60,9 @@ def run_block(block: Block, links: GroupLinks, mesh: Mesh, case: tuple[str, str]
         begin, end = unit_shares(mixed.shape[1], UNIT, links.sp.size)[links.sp.rank]
         mixed = F.pad(mixed[:, begin:end], (begin, mixed.shape[1] - end), value=float("nan"))
     columns = linear.to_columns(mixed, UNIT)
-    y = linear.leave(linear.row(columns, tp_slice(block.o, mesh, 1), UNIT))
+    y = linear.leave(linear.row(columns, PlainWeight(tp_slice(block.o, mesh, 1)), UNIT))
     begin, end = shares(VOCAB, mesh.tp_size)[mesh.tp_rank]
-    part = linear.column(linear.enter(y), block.head[begin:end])
+    part = linear.column(linear.enter(y), PlainWeight(block.head[begin:end]))
     return y, linear.gather_vocab(linear.to_tokens(part, end - begin), VOCAB)
 
 
@@ -117,6 +118,8 @@ def test_few_rows_take_the_kernel_and_give_the_same(rows: int, dtype: torch.dtyp
     for b in (None, bias):
         want = F.linear(x.double(), weight.double(), None if b is None else b.double())
         error = 1e-5 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(linear(x, weight, b).double(), want, atol=error, rtol=error)
-    assert linear(x, weight[:0], None).shape == (rows, 0)
-    assert linear(x[:, :0], weight[:, :0], None).eq(0).all()
+        torch.testing.assert_close(
+            linear(x, PlainWeight(weight), b).double(), want, atol=error, rtol=error
+        )
+    assert linear(x, PlainWeight(weight[:0])).shape == (rows, 0)
+    assert linear(x[:, :0], PlainWeight(weight[:, :0])).eq(0).all()

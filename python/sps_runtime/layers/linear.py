@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sps_runtime.layers.step import LinearPlacement
+from sps_runtime.ops.weight import Weight
 
 
 class ColumnLinear:
@@ -24,7 +25,7 @@ class ColumnLinear:
     """
 
     def __init__(
-        self, weight_ND: Tensor, bias_N: Tensor | None, sizes: Sequence[int], unit: int = 1
+        self, weight_ND: Weight, bias_N: Tensor | None, sizes: Sequence[int], unit: int = 1
     ) -> None:
         self.weight_ND, self.bias_N = weight_ND, bias_N
         self.sizes, self.unit = tuple(sizes), unit
@@ -49,7 +50,7 @@ class RowLinear:
         unit: as in `ColumnLinear`.
     """
 
-    def __init__(self, weight_DN: Tensor, bias_D: Tensor | None = None, unit: int = 1) -> None:
+    def __init__(self, weight_DN: Weight, bias_D: Tensor | None = None, unit: int = 1) -> None:
         self.weight_DN, self.bias_D, self.unit = weight_DN, bias_D, unit
 
     def __call__(self, linear: LinearPlacement, y_TN: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class LanguageModelHead:
         vocab: the whole vocabulary.
     """
 
-    def __init__(self, weight_VD: Tensor, vocab: int) -> None:
+    def __init__(self, weight_VD: Weight, vocab: int) -> None:
         self.weight_VD, self.vocab = weight_VD, vocab
 
     def __call__(self, linear: LinearPlacement, hidden_RD: Tensor) -> Tensor:

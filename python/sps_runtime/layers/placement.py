@@ -32,6 +32,7 @@ from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.layers.step import LinearPlacement
 from sps_runtime.ops.operators import TORCH, Operators
+from sps_runtime.ops.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class WholeWeights:
         return x_TD
 
     def column(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+        self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
         return self.ops.linear(x_TD, weight_ND, bias_N)
 
-    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+    def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
         return self.ops.linear(y_TN, weight_DN)
 
     def leave(self, x_TD: Tensor) -> Tensor:
@@ -97,14 +98,10 @@ class WholeWeights:
         return y_TN
 
 
-def rows_of(weight_ND: Tensor, unit: int, sp: Communicator) -> slice:
-    """The rows of a weight that are this member's: its columns of the output."""
-    return slice(*unit_shares(weight_ND.shape[0], unit, sp.size)[sp.rank])
-
-
-def columns_of(weight_DN: Tensor, unit: int, sp: Communicator) -> slice:
-    """The columns that are this member's: of a weight, or of an activation."""
-    return slice(*unit_shares(weight_DN.shape[1], unit, sp.size)[sp.rank])
+def my_share(columns: int, unit: int, sp: Communicator) -> tuple[int, int]:
+    """(begin, end) of this member's columns: of an activation, hence rows of the weight that makes
+    them, and columns of the one that takes them."""
+    return unit_shares(columns, unit, sp.size)[sp.rank]
 
 
 def gather_columns(comm: Communicator, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
@@ -150,14 +147,15 @@ class ShardedWeights:
         return all_gather(self.links.sp, x_TD, self.rows, "linear")
 
     def column(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+        self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        mine = rows_of(weight_ND, unit, self.links.sp)
-        return self.ops.linear(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
+        begin, end = my_share(weight_ND.shape[0], unit, self.links.sp)
+        bias = None if bias_N is None else bias_N[begin:end]
+        return self.ops.linear(x_TD, weight_ND.rows(begin, end), bias)
 
-    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
-        mine = columns_of(weight_DN, unit, self.links.sp)
-        return self.ops.linear(y_TN, weight_DN[:, mine])
+    def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
+        mine = my_share(weight_DN.shape[1], unit, self.links.sp)
+        return self.ops.linear(y_TN, weight_DN.columns(*mine))
 
     def leave(self, x_TD: Tensor) -> Tensor:
         mine_TD = reduce_scatter(self.links.sp, x_TD, self.rows, "linear")
@@ -200,14 +198,15 @@ class ReplicatedTokens:
         return x_TD
 
     def column(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+        self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        mine = rows_of(weight_ND, unit, self.links.sp)
-        return self.ops.linear(x_TD, weight_ND[mine], None if bias_N is None else bias_N[mine])
+        begin, end = my_share(weight_ND.shape[0], unit, self.links.sp)
+        bias = None if bias_N is None else bias_N[begin:end]
+        return self.ops.linear(x_TD, weight_ND.rows(begin, end), bias)
 
-    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
-        mine = columns_of(weight_DN, unit, self.links.sp)
-        return self.ops.linear(y_TN, weight_DN[:, mine])
+    def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
+        mine = my_share(weight_DN.shape[1], unit, self.links.sp)
+        return self.ops.linear(y_TN, weight_DN.columns(*mine))
 
     def leave(self, x_TD: Tensor) -> Tensor:
         return all_reduce(self.links.world, x_TD, "linear")
@@ -228,7 +227,7 @@ class ReplicatedTokens:
         return gather_columns(self.links.tp, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
-        return y_TN[:, columns_of(y_TN, unit, self.links.sp)]
+        return y_TN[:, slice(*my_share(y_TN.shape[1], unit, self.links.sp))]
 
 
 def place(

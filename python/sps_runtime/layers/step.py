@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sps_runtime.ops.weight import Weight
+
 
 class LinearPlacement(Protocol):
     """Where tokens and weights of linear layers lie in this step (DESIGN.md, contract 3).
@@ -39,12 +41,12 @@ class LinearPlacement(Protocol):
         ...
 
     def column(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+        self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
         """x @ W[my rows].T + b[my rows]: this rank's columns of the output."""
         ...
 
-    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+    def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
         """y @ W[:, my columns].T: this rank's part of a sum; `leave` completes it."""
         ...
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.models.layout import Entry, Layout
+from sps_runtime.ops.weight import PlainWeight, Weight
 from sps_runtime.types.errors import ConfigError
 
 HEADER_BYTES = 4096
@@ -46,11 +47,14 @@ class Arena:
         return flat.view(self.layout.dtype).view(entry.shape)
 
     def tensors(self, tp_rank: int) -> dict[str, Tensor]:
-        """name -> view, for one TP rank."""
+        """name -> view of tables, norms and biases, for one TP rank."""
+        return {name: self.tensor(entry) for name, entry in self.layout.of(tp_rank, linear=False)}
+
+    def matrices(self, tp_rank: int) -> dict[str, Weight]:
+        """name -> view of the weights of linear layers, for one TP rank."""
         return {
-            name: self.tensor(entry)
-            for (rank, name), entry in self.layout.entries.items()
-            if rank == tp_rank
+            name: PlainWeight(self.tensor(entry))
+            for name, entry in self.layout.of(tp_rank, linear=True)
         }
 
 

@@ -45,13 +45,13 @@ class Decoder:
     """
 
     def __init__(self, weights: Weights) -> None:
-        tensors, config = weights.tensors, weights.config
+        config = weights.config
         self.config: ModelConfig = config
-        self.embedding = Embedding(tensors["embed"])
+        self.embedding = Embedding(weights.tensors["embed"])
         self.rope = weights.rope()
         self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
         self.norm = weights.norm("norm")
-        self.head = LanguageModelHead(tensors["head"], config.vocab_size)
+        self.head = LanguageModelHead(weights.matrices["head"], config.vocab_size)
 
     def attention(self, weights: Weights, layer: int) -> Attention:
         """The attention of one layer."""

@@ -47,11 +47,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in memory: its parts one after the other along dim 0, at a byte offset."""
+    """One tensor in memory: its parts one after the other along dim 0, at a byte offset.
+
+    Attributes:
+        linear: whether it is the weight of a linear layer.
+    """
 
     offset: int
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    linear: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,12 @@ class Layout:
     dtype: torch.dtype
     nbytes: int
     entries: dict[tuple[int, str], Entry]
+
+    def of(self, tp_rank: int, *, linear: bool) -> Iterator[tuple[str, Entry]]:
+        """One TP rank's (name, entry): weights of linear layers, or all others."""
+        for (rank, name), entry in self.entries.items():
+            if rank == tp_rank and entry.linear == linear:
+                yield name, entry
 
     def digest(self) -> bytes:
         """32 bytes that differ between any two different layouts."""
@@ -79,27 +90,33 @@ class _Weight:
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     cut: Literal["none", "rows", "kv_rows", "columns", "vocab"] | tuple[str, ...] = "none"
 
+    @property
+    def linear(self) -> bool:
+        """Whether a linear layer multiplies by it: matrices do, but for the embedding's table."""
+        return len(self.sources[0][1]) == 2 and self.name != "embed"
+
 
 def plan_layout(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> Layout:
     """Plan the memory of `config`'s weights for `tp_size` ranks (`config.model.check_degrees`)."""
     entries: dict[tuple[int, str], Entry] = {}
     end = 0
 
-    def place(parts: tuple[Part, ...]) -> Entry:
+    def place(weight: _Weight, rank: int) -> Entry:
         nonlocal end
+        parts = _parts(config, weight, tp_size, rank)
         rows = sum(part.shape[0] for part in parts)
         shape = (rows, *parts[0].shape[1:])
-        entry = Entry(-(-end // ALIGNMENT) * ALIGNMENT, shape, parts)
+        entry = Entry(-(-end // ALIGNMENT) * ALIGNMENT, shape, parts, weight.linear)
         end = entry.offset + prod(shape) * dtype.itemsize
         return entry
 
     for weight in _weights(config):
         if weight.cut == "none":
-            entry = place(_parts(config, weight, tp_size, 0))
+            entry = place(weight, 0)
             entries.update({(rank, weight.name): entry for rank in range(tp_size)})
             continue
         for rank in range(tp_size):
-            entries[rank, weight.name] = place(_parts(config, weight, tp_size, rank))
+            entries[rank, weight.name] = place(weight, rank)
     if config.tie_word_embeddings:
         entries.update(_tied_head(config, entries[0, "embed"], tp_size, dtype))
     return Layout(tp_size, dtype, end, entries)
@@ -112,7 +129,7 @@ def _tied_head(
     row_bytes = config.hidden_size * dtype.itemsize
     for rank, (begin, end) in enumerate(shares(config.vocab_size, tp_size)):
         shape = (end - begin, config.hidden_size)
-        yield (rank, "head"), Entry(embed.offset + begin * row_bytes, shape, ())
+        yield (rank, "head"), Entry(embed.offset + begin * row_bytes, shape, (), linear=True)
 
 
 def _parts(config: ModelConfig, weight: _Weight, tp_size: int, rank: int) -> tuple[Part, ...]:

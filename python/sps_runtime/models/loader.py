@@ -87,10 +87,11 @@ def build_model(
     Args:
         ops: what its layers compute with.
     """
-    tensors = arena.tensors(tp_rank)
+    tensors, matrices = arena.tensors(tp_rank), arena.matrices(tp_rank)
     if torch.device(device).type != "cpu":
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    weights = Weights(config, arena.layout.tp_size, tensors, ops)
+        matrices = {name: weight.to(device) for name, weight in matrices.items()}
+    weights = Weights(config, arena.layout.tp_size, tensors, matrices, ops)
     return model_class(config.architecture)(weights)
 
 

@@ -13,6 +13,7 @@ from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
 from sps_runtime.layers.rope import RotaryEmbedding
 from sps_runtime.ops.operators import TORCH, Operators
+from sps_runtime.ops.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,15 @@ class Weights:
     Attributes:
         config: the model's.
         tp_size: TP ranks that the weights are cut for.
-        tensors: name -> tensor; weights that a model lacks (biases) are absent.
+        tensors: name -> table, norm or bias; what a model lacks (biases) is absent.
+        matrices: name -> what a linear layer multiplies by.
         ops: what the layers compute with.
     """
 
     config: ModelConfig
     tp_size: int
     tensors: Mapping[str, Tensor]
+    matrices: Mapping[str, Weight]
     ops: Operators = TORCH
 
     def rope(self) -> RotaryEmbedding:
@@ -43,20 +46,20 @@ class Weights:
         q = config.heads_per_rank(self.tp_size) * config.head_dim
         kv = config.kv_heads_per_rank(self.tp_size) * config.head_dim
         bias = self.tensors.get(f"{name}_bias")
-        return ColumnLinear(self.tensors[name], bias, (q, kv, kv), unit=config.head_dim)
+        return ColumnLinear(self.matrices[name], bias, (q, kv, kv), unit=config.head_dim)
 
     def output(self, layer: int) -> RowLinear:
         name = f"layers.{layer}.output"
         bias = self.tensors.get(f"{name}_bias")
-        return RowLinear(self.tensors[name], bias, unit=self.config.head_dim)
+        return RowLinear(self.matrices[name], bias, unit=self.config.head_dim)
 
     def mlp(self, layer: int) -> GatedMLP:
         return GatedMLP(self._gate_up(layer), self._down(layer), self.ops)
 
     def _gate_up(self, layer: int) -> ColumnLinear:
         name, size = f"layers.{layer}.gate_up", self.config.intermediate_size // self.tp_size
-        return ColumnLinear(self.tensors[name], self.tensors.get(f"{name}_bias"), (size, size))
+        return ColumnLinear(self.matrices[name], self.tensors.get(f"{name}_bias"), (size, size))
 
     def _down(self, layer: int) -> RowLinear:
         name = f"layers.{layer}.down"
-        return RowLinear(self.tensors[name], self.tensors.get(f"{name}_bias"))
+        return RowLinear(self.matrices[name], self.tensors.get(f"{name}_bias"))

@@ -14,9 +14,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from sps_runtime.ops.weight import PlainWeight, Weight
+
 Linear = Callable[..., Tensor]
-"""(x ``[rows, in]``, weight ``[out, in]``, bias ``[out]`` or None) -> ``[rows, out]``. Rows of the
-weight are contiguous; the stride between them is free."""
+"""(x ``[rows, in]``, weight ``[out, in]``, bias ``[out]`` or None) -> ``[rows, out]``."""
 
 SMALL_ROWS = 16
 """Up to here the kernel is faster on one core (measured in bf16 and fp32, 896 x 9,728)."""
@@ -35,11 +36,13 @@ def _linear(
     small_gemm: Callable[..., Any],
     threads: int,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
 ) -> Tensor:
-    if 0 < x.shape[0] <= SMALL_ROWS and weight.numel():
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        small_gemm(x, weight, bias, out=out, threads=threads)
+    assert isinstance(weight, PlainWeight)
+    weight_NK = weight.tensor_NK
+    if 0 < x.shape[0] <= SMALL_ROWS and weight_NK.numel():
+        out = x.new_empty(x.shape[0], weight_NK.shape[0])
+        small_gemm(x, weight_NK, bias, out=out, threads=threads)
         return out
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight_NK, bias)

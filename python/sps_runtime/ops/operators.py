@@ -11,15 +11,16 @@ from torch import Tensor
 
 from sps_runtime.ops.elementwise import Elementwise, KernelElementwise, TorchElementwise
 from sps_runtime.ops.linear import kernel_linear
+from sps_runtime.ops.weight import PlainWeight, Weight
 
 
 class Operators(Elementwise, Protocol):
     """What a layer asks of the machine. Values are float32 or bfloat16, sums are float32; results
     are fresh tensors unless a docstring says otherwise. Zero rows are fine everywhere."""
 
-    def linear(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        """``x @ weight.T + bias``: ``[tokens, N]``. Rows of `x` and `weight` may lie apart; within
-        a row elements are adjacent."""
+    def linear(self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None) -> Tensor:
+        """``x @ weight.T + bias``: ``[tokens, N]``. Rows of `x` may lie apart; within a row
+        elements are adjacent."""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -44,8 +45,9 @@ class Operators(Elementwise, Protocol):
 class TorchOperators(TorchElementwise):
     """The reference, and what runs without kernels."""
 
-    def linear(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        return F.linear(x_TD, weight_ND, bias_N)
+    def linear(self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None) -> Tensor:
+        assert isinstance(weight_ND, PlainWeight), "other forms are loaded for other operators"
+        return F.linear(x_TD, weight_ND.tensor_NK, bias_N)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self.rms_norm(residual.add_(x), weight_D, eps)

@@ -13,6 +13,7 @@ from torch import Tensor
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.ops.operators import TORCH, Operators
+from sps_runtime.ops.weight import Weight
 
 
 class PlainPlacement(LinearPlacement):
@@ -26,12 +27,12 @@ class PlainPlacement(LinearPlacement):
         return x_TD
 
     def column(
-        self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, unit: int = 1
+        self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
         assert weight_ND.shape[0] % unit == 0
         return self.ops.linear(x_TD, weight_ND, bias_N)
 
-    def row(self, y_TN: Tensor, weight_DN: Tensor, unit: int = 1) -> Tensor:
+    def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
         assert weight_DN.shape[1] % unit == 0
         return self.ops.linear(y_TN, weight_DN)
 
