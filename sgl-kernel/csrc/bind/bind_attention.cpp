@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "bind/module.h"
-#include "bind/tensor.h"
+#include "bind/program.h"
 #include "sps/attention.h"
 
 namespace sps::bind {
@@ -85,9 +85,10 @@ void check_queries(const Tensor& q, const KVPools& kv, const AttentionParams& p)
     value_error("q: heads must be a multiple of the pools' KV heads");
 }
 
-void attention(nb::handle q_, const KVPools& kv, nb::handle items_, nb::handle ids_,
+void attention(nb::handle q_, nb::handle kv_, nb::handle items_, nb::handle ids_,
                nb::handle pos_, nb::handle out_, nb::handle lse_, double scale, bool causal,
                int window, bool accumulate, int threads) {
+  const KVPools& kv = nb::cast<const KVPools&>(kv_);
   AttentionParams p{};
   kv.fill(p);
   const Tensor q(q_, "q"), items(items_, "items"), ids(ids_, "page_ids"), pos(pos_, "page_pos"),
@@ -118,9 +119,10 @@ void attention(nb::handle q_, const KVPools& kv, nb::handle items_, nb::handle i
   p.causal = causal;
   p.window = window;
   p.accumulate = accumulate;
-  nb::gil_scoped_release release;
-  paged_attention(p, items.as<AttentionItem>(), items.shape[0], q.shape[0], ids.shape[0],
-                  kv.count(), threads);
+  submit({q_, kv_, items_, ids_, pos_, out_, lse_},
+         [p, items = items.as<AttentionItem>(), n_items = items.shape[0], tokens = q.shape[0],
+          n_pages = ids.shape[0], pools = kv.count(),
+          threads] { paged_attention(p, items, n_items, tokens, n_pages, pools, threads); });
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // Python's view of RMSNorm, rope with KV write and SiLU-mul.
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "bind/module.h"
-#include "bind/tensor.h"
+#include "bind/program.h"
 #include "sps/elementwise.h"
 
 namespace sps::bind {
@@ -42,15 +44,12 @@ void py_rms_norm(nb::handle x_, nb::handle weight_, double eps, nb::handle resid
   p.eps = static_cast<float>(eps);
   p.bf16 = x.dtype == DType::kBf16;
   p.weight_bf16 = weight.dtype == DType::kBf16;
-  if (residual_.is_none()) {
-    nb::gil_scoped_release release;
-    return rms_norm(p, threads);
+  if (!residual_.is_none()) {
+    const Tensor residual(residual_, "residual", true);
+    same_shape(residual, x);
+    p.residual = rows_of(residual);
   }
-  const Tensor residual(residual_, "residual", true);
-  same_shape(residual, x);
-  p.residual = rows_of(residual);
-  nb::gil_scoped_release release;
-  rms_norm(p, threads);
+  submit({x_, weight_, residual_, out_}, [p, threads] { rms_norm(p, threads); });
 }
 
 void py_silu_mul(nb::handle gate_, nb::handle up_, nb::handle out_, int threads) {
@@ -62,18 +61,28 @@ void py_silu_mul(nb::handle gate_, nb::handle up_, nb::handle out_, int threads)
   const SiluMulParams p{gate.data,           up.data,           out.data,
                         gate.byte_stride(0), up.byte_stride(0), out.byte_stride(0),
                         gate.shape[0],       gate.shape[1],     gate.dtype == DType::kBf16};
-  nb::gil_scoped_release release;
-  silu_mul(p, threads);
+  submit({gate_, up_, out_}, [p, threads] { silu_mul(p, threads); });
 }
 
-void check_index(const Tensor& t, int64_t tokens, int64_t low, int64_t high) {
-  t.need_dtype(DType::kI32).need_shape({tokens}).need_contiguous();
-  const int32_t* p = t.as<int32_t>();
-  for (int64_t i = 0; i < tokens; ++i)
-    if (p[i] < low || p[i] >= high)
-      value_error(t.name + "[" + std::to_string(i) + "] = " + std::to_string(p[i]) +
-                  " lies outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
-}
+// Index values change from run to run of a recorded call, so they are checked in each.
+struct IndexCheck {
+  const char* name;
+  const int32_t* values;
+  int64_t n, low, high;
+
+  IndexCheck(const char* name, const Tensor& t, int64_t n, int64_t low, int64_t high)
+      : name(name), values(t.as<int32_t>()), n(n), low(low), high(high) {
+    t.need_dtype(DType::kI32).need_shape({n}).need_contiguous();
+  }
+
+  void operator()() const {
+    for (int64_t i = 0; i < n; ++i)
+      if (values[i] < low || values[i] >= high)
+        throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] = " +
+                                    std::to_string(values[i]) + " lies outside [" +
+                                    std::to_string(low) + ", " + std::to_string(high) + ")");
+  }
+};
 
 void fill_rope(RopeParams& p, const Tensor& q, const Tensor& k, const Tensor& positions,
                const Tensor& cos_sin) {
@@ -82,7 +91,6 @@ void fill_rope(RopeParams& p, const Tensor& q, const Tensor& k, const Tensor& po
   cos_sin.need_dtype(DType::kF32).need_ndim(2).need_last_contiguous();
   if (cos_sin.shape[1] % 2 != 0 || cos_sin.shape[1] > q.shape[2])
     value_error("cos_sin: the last dim must be even and at most the head dim");
-  check_index(positions, q.shape[0], 0, cos_sin.shape[0]);
   p.q = rows_of(q);
   p.k = rows_of(k);
   p.positions = positions.as<int32_t>();
@@ -103,8 +111,11 @@ void py_rope(nb::handle q_, nb::handle k_, nb::handle positions_, nb::handle cos
   RopeParams p{};
   fill_rope(p, q, k, positions, cos_sin);
   check_threads(threads);
-  nb::gil_scoped_release release;
-  rope_kv_write(p, threads);
+  const IndexCheck rows("positions", positions, p.tokens, 0, cos_sin.shape[0]);
+  submit({q_, k_, positions_, cos_sin_}, [=] {
+    rows();
+    rope_kv_write(p, threads);
+  });
 }
 
 void check_pool(const Tensor& pool, const Tensor& k) {
@@ -123,8 +134,9 @@ void py_rope_kv_write(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle po
   check_pool(k_pool, k);
   check_pool(v_pool, k);
   v_pool.need_shape({k_pool.shape[0], -1, k_pool.shape[2], -1});
-  check_index(slots, p.tokens, INT32_MIN, k_pool.shape[0]);
-  check_index(offsets, p.tokens, 0, k_pool.shape[2]);
+  const IndexCheck rows("positions", positions, p.tokens, 0, cos_sin.shape[0]);
+  const IndexCheck pages("slots", slots, p.tokens, INT32_MIN, k_pool.shape[0]);
+  const IndexCheck places("offsets", offsets, p.tokens, 0, k_pool.shape[2]);
   check_threads(threads);
   p.v = v.data;
   p.v_stride_i = v.byte_stride(0);
@@ -136,8 +148,10 @@ void py_rope_kv_write(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle po
   p.k_token = k_pool.byte_stride(2), p.v_token = v_pool.byte_stride(2);
   p.slots = slots.as<int32_t>();
   p.offsets = offsets.as<int32_t>();
-  nb::gil_scoped_release release;
-  rope_kv_write(p, threads);
+  submit({q_, k_, v_, positions_, cos_sin_, k_pool_, v_pool_, slots_, offsets_}, [=] {
+    rows(), pages(), places();
+    rope_kv_write(p, threads);
+  });
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "bind/module.h"
-#include "bind/tensor.h"
+#include "bind/program.h"
 #include "sps/fence.h"
 
 namespace sps::bind {
@@ -14,7 +14,9 @@ struct Word {
   int bytes;
 
   Word(nb::handle buffer, int64_t index, bool writable)
-      : tensor(buffer, "buffer", writable), at(nullptr), bytes(static_cast<int>(item())) {
+      : tensor((refuse_recording("a fence"), buffer), "buffer", writable),
+        at(nullptr),
+        bytes(static_cast<int>(item())) {
     tensor.need_ndim(1).need_contiguous();
     if (index < 0 || index >= tensor.shape[0]) value_error("index lies outside the buffer");
     at = tensor.data + index * bytes;

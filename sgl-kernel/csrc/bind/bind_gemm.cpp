@@ -1,6 +1,6 @@
 // Python's view of small_gemm.
 #include "bind/module.h"
-#include "bind/tensor.h"
+#include "bind/program.h"
 #include "sps/gemm.h"
 
 namespace sps::bind {
@@ -24,16 +24,13 @@ void gemm(nb::handle x_, nb::handle w_, nb::handle bias_, nb::handle y_, int thr
   p.k = x.shape[1];
   p.bf16 = x.dtype == DType::kBf16;
   p.y_bf16 = y.dtype == DType::kBf16;
-  if (bias_.is_none()) {
-    nb::gil_scoped_release release;
-    return small_gemm(p, threads);
+  if (!bias_.is_none()) {
+    const Tensor bias(bias_, "bias");
+    bias.need_float().need_shape({w.shape[0]}).need_contiguous();
+    p.bias = bias.data;
+    p.bias_bf16 = bias.dtype == DType::kBf16;
   }
-  const Tensor bias(bias_, "bias");
-  bias.need_float().need_shape({w.shape[0]}).need_contiguous();
-  p.bias = bias.data;
-  p.bias_bf16 = bias.dtype == DType::kBf16;
-  nb::gil_scoped_release release;
-  small_gemm(p, threads);
+  submit({x_, w_, bias_, y_}, [p, threads] { small_gemm(p, threads); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Python's view of merge_states.
 #include "bind/module.h"
-#include "bind/tensor.h"
+#include "bind/program.h"
 #include "sps/merge.h"
 
 namespace sps::bind {
@@ -24,16 +24,21 @@ void merge(nb::sequence os, nb::sequence lses, nb::handle out_, nb::handle lse_o
   std::vector<Tensor> keep;
   keep.reserve(2 * n);
   std::vector<StateView> parts;
+  std::vector<nb::handle> objects{out_, lse_out_};
   for (size_t i = 0; i < n; ++i) {
-    keep.emplace_back(os[i], "o");
-    keep.emplace_back(lses[i], "lse");
+    objects.push_back(os[i]);
+    keep.emplace_back(objects.back(), "o");
+    objects.push_back(lses[i]);
+    keep.emplace_back(objects.back(), "lse");
     parts.push_back(view(keep[2 * i], keep[2 * i + 1], out));
   }
   check_threads(threads);
-  const MergeParams p{parts.data(),  static_cast<int>(n),           view(out, lse_out, out),
-                      out.shape[0], static_cast<int>(out.shape[1]), static_cast<int>(out.shape[2])};
-  nb::gil_scoped_release release;
-  merge_states(p, threads);
+  MergeParams p{nullptr,      static_cast<int>(n),           view(out, lse_out, out),
+                out.shape[0], static_cast<int>(out.shape[1]), static_cast<int>(out.shape[2])};
+  submit(objects, [p, parts, threads]() mutable {
+    p.parts = parts.data();
+    merge_states(p, threads);
+  });
 }
 
 }  // namespace

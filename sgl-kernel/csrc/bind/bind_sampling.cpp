@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "bind/module.h"
-#include "bind/tensor.h"
+#include "bind/program.h"
 #include "sps/sampling.h"
 
 namespace sps::bind {
@@ -14,6 +14,7 @@ void check(bool ok, const char* message) {
 
 int64_t py_sample(nb::handle logits_, double uniform, double temperature, int64_t top_k,
                   double top_p, double min_p) {
+  refuse_recording("sample");
   const Tensor logits(logits_, "logits");
   logits.need_ndim(1).need_float().need_contiguous();
   check(logits.shape[0] >= 1 && logits.shape[0] <= INT32_MAX, "logits: bad length");

@@ -39,4 +39,5 @@ NB_MODULE(_core, m) {
   sps::bind::bind_elementwise(m);
   sps::bind::bind_sampling(m);
   sps::bind::bind_fence(m);
+  sps::bind::bind_program(m);
 }

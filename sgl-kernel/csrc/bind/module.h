@@ -10,5 +10,6 @@ void bind_gemm(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 void bind_fence(nanobind::module_& m);
+void bind_program(nanobind::module_& m);
 
 }  // namespace sps::bind

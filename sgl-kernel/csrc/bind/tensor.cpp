@@ -114,9 +114,9 @@ const char* dtype_name(DType dtype) {
 }
 
 Tensor::Tensor(nb::handle object, const char* name, bool writable) : name(name) {
-  if (from_exchange_api(object)) return;
-  if (from_buffer(object, writable)) return;
-  from_dlpack(object, writable);
+  if (!from_exchange_api(object) && !from_buffer(object, writable))
+    from_dlpack(object, writable);
+  if (writable) note_written(object, name);
 }
 
 Tensor::~Tensor() {

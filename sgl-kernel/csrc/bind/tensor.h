@@ -64,4 +64,8 @@ class Tensor {
 [[noreturn]] void value_error(const std::string& message);
 int check_threads(int threads);
 
+// Tells a recording of this thread, if there is one, that a call is about to write `object`
+// (bind/program.h).
+void note_written(nb::handle object, const char* name);
+
 }  // namespace sps::bind

@@ -19,6 +19,7 @@ from sps_kernel.fence import (
 )
 from sps_kernel.gemm import gemv, small_gemm
 from sps_kernel.merge import merge_n_states, merge_states
+from sps_kernel.program import Program
 from sps_kernel.sampling import sample
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ITEM_FIELDS",
     "KVPools",
+    "Program",
     "available_isas",
     "build_info",
     "cpu_features",

@@ -1,0 +1,118 @@
+#include "bind/program.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "bind/module.h"
+
+namespace sps::bind {
+namespace {
+
+thread_local Program* current = nullptr;
+
+[[noreturn]] void runtime_error(const std::string& message) { throw std::runtime_error(message); }
+
+}  // namespace
+
+Program* recording() { return current; }
+
+void refuse_recording(const char* what) {
+  if (current != nullptr) runtime_error(std::string(what) + " cannot be recorded");
+}
+
+void note_written(nb::handle object, const char* name) {
+  if (current != nullptr) current->note_written(object, name);
+}
+
+Program::~Program() {
+  if (current == this) current = nullptr;
+}
+
+void Program::begin() {
+  if (current != nullptr) runtime_error("this thread is recording already");
+  if (state_ != State::kEmpty) runtime_error("a program is recorded once");
+  state_ = State::kRecording;
+  current = this;
+}
+
+void Program::end() {
+  if (current != this) runtime_error("this thread does not record this program");
+  check_written();
+  current = nullptr;
+  state_ = State::kRecorded;
+}
+
+void Program::discard() {
+  if (current != this) runtime_error("this thread does not record this program");
+  current = nullptr;
+  state_ = State::kDiscarded;
+  calls_.clear();
+  keep_.clear();
+  workspaces_.clear();
+  written_.clear();
+}
+
+void Program::run() {
+  if (current != nullptr) runtime_error("a program cannot run while one is recorded");
+  if (state_ != State::kRecorded) runtime_error("the program is not recorded, or runs already");
+  struct Running {
+    State& state;
+    ~Running() { state = State::kRecorded; }
+  } running{state_};
+  state_ = State::kRunning;
+  nb::gil_scoped_release release;
+  for (const std::function<void()>& call : calls_) call();
+}
+
+void Program::add_workspace(nb::handle array) {
+  const Tensor t(array, "workspace");
+  t.need_contiguous();
+  workspaces_.push_back({t.data, t.data + t.size() * t.item_bytes()});
+  keep_.push_back(nb::borrow(array));
+}
+
+void Program::add(const nb::handle* keep, size_t n, std::function<void()> call) {
+  for (size_t i = 0; i < n; ++i) {
+    const auto claimed = [&](const Written& w) { return w.object == keep[i].ptr(); };
+    written_.erase(std::remove_if(written_.begin(), written_.end(), claimed), written_.end());
+  }
+  check_written();
+  for (size_t i = 0; i < n; ++i)
+    if (!keep[i].is_none() && !in_workspace(keep[i])) keep_.push_back(nb::borrow(keep[i]));
+  calls_.push_back(std::move(call));
+}
+
+void Program::note_written(nb::handle object, const char* name) {
+  written_.push_back({object.ptr(), name});
+}
+
+void Program::check_written() const {
+  if (!written_.empty())
+    runtime_error("'" + written_.front().name + "' was written by a call that was not recorded");
+}
+
+bool Program::in_workspace(nb::handle object) const {
+  if (workspaces_.empty()) return false;
+  try {
+    const Tensor t(object, "array");
+    return std::any_of(workspaces_.begin(), workspaces_.end(), [&](const Range& range) {
+      return range.begin <= t.data && t.data < range.end;
+    });
+  } catch (const nb::builtin_exception&) {
+    return false;  // no array, such as KVPools
+  }
+}
+
+void bind_program(nb::module_& m) {
+  nb::class_<Program>(m, "Program")
+      .def(nb::init<>())
+      .def("begin", &Program::begin)
+      .def("end", &Program::end)
+      .def("discard", &Program::discard)
+      .def("run", &Program::run)
+      .def("add_workspace", &Program::add_workspace)
+      .def_prop_ro("recorded", &Program::recorded)
+      .def("__len__", &Program::size);
+}
+
+}  // namespace sps::bind

@@ -1,0 +1,90 @@
+// Recorded programs: kernel calls kept with their arguments and run again by one native call, as
+// CUDA graphs do for GPUs. While a program records on a thread, every call that goes through
+// `submit` on that thread runs and is appended.
+#pragma once
+
+#include <functional>
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bind/tensor.h"
+
+namespace sps::bind {
+
+class Program {
+ public:
+  Program() = default;
+  ~Program();
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  // Starts recording on the calling thread. Throws where that thread records already, or this
+  // program was recorded before.
+  void begin();
+  // Ends recording. Throws when a call wrote an array and was not recorded.
+  void end();
+  // Ends a recording that failed; the program stays empty for good.
+  void discard();
+  // Runs everything with the GIL released. Throws what a call throws; calls after it do not run.
+  void run();
+  // Arrays inside `array` are not kept one by one: the program keeps all of it.
+  void add_workspace(nb::handle array);
+
+  size_t size() const { return calls_.size(); }
+  bool recorded() const { return state_ == State::kRecorded; }
+
+  // For `submit` and `Tensor`.
+  void add(const nb::handle* keep, size_t n, std::function<void()> call);
+  void note_written(nb::handle object, const char* name);
+
+ private:
+  enum class State { kEmpty, kRecording, kRecorded, kRunning, kDiscarded };
+  struct Written {
+    PyObject* object;
+    std::string name;
+  };
+  struct Range {
+    const char *begin, *end;
+  };
+
+  bool in_workspace(nb::handle object) const;
+  void check_written() const;
+
+  State state_ = State::kEmpty;
+  std::vector<std::function<void()>> calls_;
+  std::vector<nb::object> keep_;
+  std::vector<Range> workspaces_;
+  std::vector<Written> written_;  // seen as outputs, not yet claimed by a recorded call
+};
+
+// The program that records on this thread, or null.
+Program* recording();
+
+// Throws while this thread records: for calls whose result is a value, not an array.
+void refuse_recording(const char* what);
+
+// Runs `kernel()` with the GIL released and, while this thread records, appends it. `kernel` holds
+// its arguments by value; `keep` names every object whose memory they point to (None is left out).
+template <class F>
+void submit(const nb::handle* keep, size_t n, F&& kernel) {
+  {
+    nb::gil_scoped_release release;
+    kernel();
+  }
+  if (Program* program = recording())
+    program->add(keep, n, std::function<void()>(std::forward<F>(kernel)));
+}
+
+template <class F>
+void submit(std::initializer_list<nb::handle> keep, F&& kernel) {
+  submit(keep.begin(), keep.size(), std::forward<F>(kernel));
+}
+
+template <class F>
+void submit(const std::vector<nb::handle>& keep, F&& kernel) {
+  submit(keep.data(), keep.size(), std::forward<F>(kernel));
+}
+
+}  // namespace sps::bind
