@@ -36,6 +36,7 @@ NB_MODULE(_core, m) {
   sps::bind::bind_attention(m);
   sps::bind::bind_merge(m);
   sps::bind::bind_gemm(m);
+  sps::bind::bind_packed(m);
   sps::bind::bind_elementwise(m);
   sps::bind::bind_sampling(m);
   sps::bind::bind_fence(m);

@@ -7,6 +7,7 @@ namespace sps::bind {
 void bind_attention(nanobind::module_& m);
 void bind_merge(nanobind::module_& m);
 void bind_gemm(nanobind::module_& m);
+void bind_packed(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 void bind_fence(nanobind::module_& m);

@@ -76,6 +76,13 @@ struct V8 {
     const ireg packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x88);
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
+  // The lower, and the upper, bfloat16 of each 32-bit lane.
+  static reg even_bf16(reg x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16));
+  }
+  static reg odd_bf16(reg x) {
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
+  }
   // out[i] = sum of the lanes of r[i], for 16 registers.
   static void hsum16(const reg* r, float* out) {
     for (int i = 0; i < 16; ++i) out[i] = hsum(r[i]);

@@ -73,6 +73,14 @@ struct V16 {
 #endif
     _mm256_storeu_si256(static_cast<__m256i*>(p), h);
   }
+  // The lower, and the upper, bfloat16 of each 32-bit lane.
+  static reg even_bf16(reg x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16));
+  }
+  static reg odd_bf16(reg x) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
+  }
   // out[i] = sum of the lanes of r[i], for 16 registers.
   static void hsum16(const reg* r, float* out) {
     reg a[8], b[4], c[2];

@@ -94,6 +94,21 @@ struct V8 {
     for (int i = 0; i < 8; ++i) h[i] = float_to_bf16(x.v[i]);
     __builtin_memcpy(p, h, sizeof h);
   }
+  // The lower, and the upper, bfloat16 of each 32-bit lane.
+  static reg even_bf16(const reg& x) {
+    return each([&](int i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, &x.v[i], 4);
+      return bf16_to_float(static_cast<uint16_t>(bits));
+    });
+  }
+  static reg odd_bf16(const reg& x) {
+    return each([&](int i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, &x.v[i], 4);
+      return bf16_to_float(static_cast<uint16_t>(bits >> 16));
+    });
+  }
   // out[i] = sum of the lanes of r[i], for 16 registers.
   static void hsum16(const reg* r, float* out) {
     for (int i = 0; i < 16; ++i) out[i] = hsum(r[i]);

@@ -5,6 +5,7 @@
 #include "kernels/elementwise_kernel.h"
 #include "kernels/gemm_kernel.h"
 #include "kernels/merge_kernel.h"
+#include "kernels/packed_kernel.h"
 #include "kernels/sampling_kernel.h"
 #include "sps/kernel_table.h"
 
@@ -17,6 +18,7 @@ static const KernelTable table = {
     write_merged,
     merge_tokens,
     small_gemm_range,
+    packed_linear_block,
     rms_norm_range,
     silu_mul_range,
     rope_range,

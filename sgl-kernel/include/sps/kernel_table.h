@@ -6,6 +6,7 @@
 #include "sps/elementwise.h"
 #include "sps/gemm.h"
 #include "sps/merge.h"
+#include "sps/packed.h"
 
 namespace sps {
 
@@ -18,6 +19,7 @@ struct KernelTable {
                                  const float* lse, int n);
   void (*merge_tokens)(const MergeParams&, int64_t begin, int64_t end);
   void (*small_gemm)(const SmallGemmParams&, int64_t begin, int64_t end);  // weight rows
+  void (*packed_linear)(const PackedLinearParams&, const PackedBlock&);
   void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end);
   void (*rope_kv_write)(const RopeParams&, int64_t begin, int64_t end);

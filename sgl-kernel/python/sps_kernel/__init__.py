@@ -19,6 +19,13 @@ from sps_kernel.fence import (
 )
 from sps_kernel.gemm import gemv, small_gemm
 from sps_kernel.merge import merge_n_states, merge_states
+from sps_kernel.packed import (
+    crc32c,
+    pack_weight,
+    packed_linear,
+    packed_nbytes,
+    unpack_weight,
+)
 from sps_kernel.program import Program
 from sps_kernel.sampling import sample
 
@@ -31,6 +38,7 @@ __all__ = [
     "available_isas",
     "build_info",
     "cpu_features",
+    "crc32c",
     "current_isa",
     "fetch_add",
     "fetch_max",
@@ -38,6 +46,9 @@ __all__ = [
     "load_acquire",
     "merge_n_states",
     "merge_states",
+    "pack_weight",
+    "packed_linear",
+    "packed_nbytes",
     "paged_attention",
     "publish",
     "rms_norm",
@@ -48,6 +59,7 @@ __all__ = [
     "silu_mul",
     "small_gemm",
     "store_release",
+    "unpack_weight",
     "wait_at_least",
     "wake",
 ]

@@ -1,0 +1,60 @@
+// Linear layers over packed weights: cut into panels of 16 outputs once, read in order ever after.
+#pragma once
+
+#include <cstdint>
+
+namespace sps {
+
+enum class PackedKind : int { kBf16 = 0, kF32 = 1 };
+
+constexpr int kPanelOutputs = 16;
+
+// A panel holds 16 rows of a weight [n, k], cell after cell along k: one float, or two bfloat16
+// (k odd: the last is 0), of each row in turn. Rows beyond n are 0. Panels follow one another.
+struct PackedLayout {
+  PackedKind kind;
+  int64_t n, k, group;  // group: columns that share a scale; unused by kinds without scales
+};
+
+int64_t panel_bytes(const PackedLayout& layout);
+int64_t packed_bytes(const PackedLayout& layout);
+
+// Strides in bytes; rows of `weight` are contiguous.
+struct PackParams {
+  PackedLayout layout;
+  char* packed;
+  char* weight;  // [n, k]: read by pack_weight, written by unpack_weight
+  int64_t weight_stride;
+  bool weight_bf16;
+};
+
+// Between formats bfloat16 widens exactly and float32 rounds to nearest even.
+void pack_weight(const PackParams& params, int threads);
+void unpack_weight(const PackParams& params);
+
+// out[m, row_end - row_begin] = x[m, column_end - column_begin] W[rows, columns]^T + bias.
+// Strides in bytes; rows of x and out are contiguous and need no alignment. row_begin is a multiple
+// of 16; columns begin and end at whole cells (or at k).
+struct PackedLinearParams {
+  PackedLayout layout;
+  const char* packed;
+  int64_t row_begin, row_end, column_begin, column_end;
+  const char* x;
+  int64_t x_stride;
+  bool x_bf16;
+  const char* bias;  // [row_end - row_begin]; null: none
+  bool bias_bf16;
+  char* out;
+  int64_t out_stride;
+  bool out_bf16;
+  int64_t m;
+};
+
+void packed_linear(const PackedLinearParams& params, int threads);
+
+// Part of a packed_linear that one thread computes: rows of x, panels counted from row_begin.
+struct PackedBlock {
+  int64_t m_begin, m_end, panel_begin, panel_end;
+};
+
+}  // namespace sps
