@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from sps_kernel import crc32c, pack_weight, packed_linear, packed_nbytes, unpack_weight
+from sps_kernel import (
+    Program,
+    crc32c,
+    pack_weight,
+    packed_linear,
+    packed_nbytes,
+    unpack_weight,
+)
 from sps_kernel._core import crc32c_generic
 
 NAN = float("nan")
@@ -203,3 +210,15 @@ def test_crc32c():
 def test_crc32c_on_threads():
     data = torch.randint(0, 256, ((9 << 20) + 5,), dtype=torch.uint8)
     assert crc32c(data, threads=2) == crc32c(data) == crc32c_generic(data)
+
+
+@KINDS
+def test_recorded(kind):
+    dtype = DTYPE_OF[kind]
+    x, w, bias = torch.randn(3, 70).to(dtype), torch.randn(50, 70).to(dtype), torch.randn(50)
+    p, out, program = packed(w, kind), torch.full((3, 50), NAN, dtype=dtype), Program()
+    with program.recording():
+        packed_linear(x, p, 50, 70, kind, bias, out=out)
+    x.copy_(torch.randn(3, 70)), out.fill_(NAN)
+    program.run()
+    check(out, x, w, bias)
