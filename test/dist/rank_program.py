@@ -61,6 +61,23 @@ def check_exchanges(mailroom: Mailroom, rank: int, group: tuple[int, ...], steps
     assert communicator.traffic.attention_bytes - before == sent
 
 
+def check_started(mailroom: Mailroom, rank: int, group: tuple[int, ...]) -> None:
+    """Several exchanges under way at once, ended in the order in which they were begun."""
+    communicator = mailroom.group(group)
+    before = communicator.traffic.attention_bytes
+    begun = []
+    for step in range(100, 104):
+        send = [message(rank, peer, step) for peer in group]
+        want = [message(peer, rank, step) for peer in group]
+        recv = [torch.full_like(wanted, torch.nan) for wanted in want]
+        begun.append((communicator.start(send, recv, "attention"), send, recv, want))
+    for pending, _, recv, want in begun:
+        pending.wait()
+        assert all(map(torch.equal, recv, want)), rank
+    sent = sum(t.nbytes for _, send, *_ in begun for i, t in enumerate(send) if group[i] != rank)
+    assert communicator.traffic.attention_bytes - before == sent
+
+
 def check_collectives(mailroom: Mailroom, rank: int, size: int) -> None:
     communicator = mailroom.group(tuple(range(size)))
     parts = [torch.randn(5, 3, generator=torch.Generator().manual_seed(r)) for r in range(size)]
@@ -147,9 +164,11 @@ def main(kind: str, rank: int, size: int, argument: str) -> None:
         listening = [c for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
         assert listening and all(c.laddr.ip == "127.0.0.1" for c in listening), listening
     check_exchanges(mailroom, rank, tuple(range(size)), 30)
+    check_started(mailroom, rank, tuple(range(size)))
     if size > 2 and rank != 1:
         check_exchanges(mailroom, rank, tuple(r for r in range(size) if r != 1), 10)
     check_exchanges(mailroom, rank, tuple(range(size)), 4)
+    check_started(mailroom, rank, tuple(range(size)))
     check_collectives(mailroom, rank, size)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test.dist.rank_program import check_collectives, check_exchanges
+from test.dist.rank_program import check_collectives, check_exchanges, check_started
 
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.fences import SharedLayerFence, ThreadFences
@@ -81,6 +81,7 @@ def test_threads(size: int) -> None:
     def work(rank: int) -> None:
         mailroom = world.mailroom(rank)
         check_exchanges(mailroom, rank, tuple(range(size)), 10)
+        check_started(mailroom, rank, tuple(range(size)))
         check_collectives(mailroom, rank, size)
 
     world.run(work)
@@ -96,6 +97,7 @@ def test_more_peers_than_one_futex_word_holds() -> None:
             memory, rank, size, Traffic(), ring_bytes=4096, timeout_s=20
         )
         check_exchanges(mailroom, rank, tuple(range(size)), 10)
+        check_started(mailroom, rank, tuple(range(size)))
 
     world.run(work)
 

@@ -42,6 +42,18 @@ class Traffic:
         return taken
 
 
+class Pending(Protocol):
+    """An exchange that was begun."""
+
+    def wait(self) -> None:
+        """Return when `recv` is filled and `send` may be written again.
+
+        Raises:
+            ConnectionError: when a member is gone or does not answer in time.
+        """
+        ...
+
+
 class Communicator(Protocol):
     """A group of ranks as one of its members sees it.
 
@@ -66,6 +78,17 @@ class Communicator(Protocol):
 
         Raises:
             ConnectionError: when a member is gone or does not answer in time.
+        """
+        ...
+
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+        """Begin an `exchange`, to compute while it is under way; `wait` ends it.
+
+        Until then `recv` is not read, and neither is written. Seconds count as exposed only while
+        `wait` waits. A transport that has nothing to hide (memory that is shared) does it all here.
+
+        Raises:
+            ConnectionError: as `exchange`.
         """
         ...
 

@@ -10,6 +10,13 @@ from torch import Tensor
 from sps_runtime.distributed.communicator import Kind, Traffic
 
 
+class Done:
+    """A `Pending` exchange with nothing left to wait for."""
+
+    def wait(self) -> None:
+        return
+
+
 def check(send: Sequence[Tensor], recv: Sequence[Tensor], size: int) -> None:
     """Raise ValueError for a call that no transport could carry out."""
     if len(send) != size or len(recv) != size:

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sps_runtime.distributed.communicator import Communicator, Kind, Traffic
-from sps_runtime.distributed.exchange import as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
+from sps_runtime.distributed.exchange import Done, as_bytes, check, copy_own, count_sent
 from sps_runtime.distributed.fences import cores
 from sps_runtime.distributed.futex import Futex
 from sps_runtime.distributed.regions import LINE, doorbell_bytes, link_bytes
@@ -201,6 +201,10 @@ class SharedMemoryCommunicator:
         copy_own(send, recv, self.rank)
         count_sent(self.traffic, send, self.rank, kind)
         self._mailroom.move(self._by_rank(send), self._by_rank(recv))
+
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+        self.exchange(send, recv, kind)
+        return Done()
 
     def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Bytes]:
         return {

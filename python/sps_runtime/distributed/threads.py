@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from torch import Tensor
 
-from sps_runtime.distributed.communicator import Communicator, Kind, Traffic
+from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
 from sps_runtime.distributed.exchange import check, copy_own, count_sent
 
 T = TypeVar("T")
@@ -97,6 +98,9 @@ class ThreadCommunicator:
         self.traffic = traffic
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        self.start(send, recv, kind).wait()
+
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
         check(send, recv, self.size)
         for member, tensor in enumerate(send):
             if member != self.rank and tensor.numel():
@@ -104,6 +108,10 @@ class ThreadCommunicator:
                 self._world.queue(self._global_rank, target).put(tensor.clone())
         copy_own(send, recv, self.rank)
         count_sent(self.traffic, send, self.rank, kind)
+        return _Receiving(self, recv)
+
+    def receive(self, recv: Sequence[Tensor]) -> None:
+        """Fill `recv` with what the members gave, in their order of giving."""
         for member, tensor in enumerate(recv):
             if member != self.rank and tensor.numel():
                 tensor.copy_(self._receive(self._members[member], tensor))
@@ -126,3 +134,14 @@ class ThreadCommunicator:
                 f"not {tuple(wanted.shape)} {wanted.dtype}: ranks have diverged"
             )
         return got
+
+
+@dataclass(frozen=True)
+class _Receiving:
+    """A `Pending` exchange: everything is sent."""
+
+    communicator: ThreadCommunicator
+    recv: Sequence[Tensor]
+
+    def wait(self) -> None:
+        self.communicator.receive(self.recv)

@@ -12,14 +12,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed
 from torch import Tensor
 
-from sps_runtime.distributed.communicator import Communicator, Kind, Traffic
-from sps_runtime.distributed.exchange import as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
+from sps_runtime.distributed.exchange import Done, as_bytes, check, copy_own, count_sent
 
 # torch's stubs leave out half of what is used here, and name groups by classes that they hide.
 dist: Any = torch.distributed
@@ -103,15 +104,14 @@ class TorchDistMailroom:
             found = self._groups[global_ranks] = TorchDistCommunicator(self, global_ranks)
         return found
 
-    def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
-        """Send and receive flat byte tensors by global rank."""
-        began = time.monotonic()
+    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> Pending:
+        """Begin to send and receive flat byte tensors by global rank. gloo moves them in a thread
+        of its own, NCCL on a stream of its own."""
         try:
-            for work in self._post(outgoing, incoming):
-                work.wait()
+            works = self._post(outgoing, incoming)
         except RuntimeError as error:
-            raise ConnectionError(f"rank {self.rank} lost a peer: {error}") from error
-        self.traffic.exposed_s += time.monotonic() - began
+            raise lost_peer(self.rank, error) from error
+        return _Posted(self.rank, self.traffic, works, (outgoing, incoming))
 
     def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[Any]:
         group = self._group
@@ -121,6 +121,36 @@ class TorchDistMailroom:
         works = [group.send([data], peer, 0) for peer, data in outgoing.items()]
         works += [group.recv([data], peer, 0) for peer, data in incoming.items()]
         return [group._end_coalescing(device)] if self._coalesce else works
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """A `Pending` exchange.
+
+    Attributes:
+        rank: this global rank.
+        works: torch's handles.
+        tensors: held on to until all is moved.
+    """
+
+    rank: int
+    traffic: Traffic
+    works: list[Any]
+    tensors: object
+
+    def wait(self) -> None:
+        began = time.monotonic()
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise lost_peer(self.rank, error) from error
+        self.traffic.exposed_s += time.monotonic() - began
+
+
+def lost_peer(rank: int, error: RuntimeError) -> ConnectionError:
+    """What a failed message means."""
+    return ConnectionError(f"rank {rank} lost a peer: {error}")
 
 
 class TorchDistCommunicator:
@@ -134,12 +164,14 @@ class TorchDistCommunicator:
         self.traffic = mailroom.traffic
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        self.start(send, recv, kind).wait()
+
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
         check(send, recv, self.size)
         copy_own(send, recv, self.rank)
         count_sent(self.traffic, send, self.rank, kind)
         outgoing, incoming = self._by_rank(send), self._by_rank(recv)
-        if outgoing or incoming:
-            self._mailroom.move(outgoing, incoming)
+        return self._mailroom.start(outgoing, incoming) if outgoing or incoming else Done()
 
     def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         return {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.distributed.communicator import Communicator, Kind, Mailroom
+from sps_runtime.distributed.communicator import Communicator, Kind, Mailroom, Pending
 from sps_runtime.ops.elementwise import Rotate
 from sps_runtime.ops.operators import Operators
 from sps_runtime.telemetry.timeline import Timeline, traced
@@ -59,6 +59,14 @@ class _TracedCommunicator(_Traced):
         sent = sum(t.nbytes for i, t in enumerate(send) if i != communicator.rank)
         with self._timeline.span(f"exchange {kind}", "communicate", sent_bytes=sent):
             communicator.exchange(send, recv, kind)
+
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+        communicator = cast(Communicator, self._part)
+        sent = sum(t.nbytes for i, t in enumerate(send) if i != communicator.rank)
+        with self._timeline.span(f"start {kind}", "communicate", sent_bytes=sent):
+            pending = communicator.start(send, recv, kind)
+        wait = {"wait": (f"exchange {kind}", "communicate")}
+        return cast(Pending, _Traced(pending, self._timeline, wait))
 
 
 class _TracedMailroom:

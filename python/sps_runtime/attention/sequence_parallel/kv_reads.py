@@ -4,7 +4,7 @@ here, else by transfer. What pass-KV and Ulysses have in common.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +95,7 @@ class KVReads:
         window: int | None,
     ) -> Partial:
         """This member's queries over all the pages they see. A collective call where members lie
-        on several hosts.
+        on several hosts: pages are on their way while those that are here are attended to.
 
         Args:
             q_THD: this rank's queries, the heads of its share.
@@ -103,7 +103,7 @@ class KVReads:
         """
         step = self._step
         share = shares[step.me]
-        staged = self._exchange(layer, shares) if self._incoming is not None else None
+        arriving = self._start(layer, shares) if self._incoming is not None else None
         step.wait(layer, self._waits)
         heads = share.kv[1] - share.kv[0]
         shape = step.context.store.shape
@@ -112,7 +112,10 @@ class KVReads:
         )
         pool = step.context.pages(layer)
         partial = self._partial(q_THD, self.in_place, pool, share, 0, scale, window)
-        if staged is None or not self.staged:
+        if arriving is None:
+            return partial
+        staged = arriving()
+        if not self.staged:
             return partial
         other = self._partial(q_THD, self.staged, staged, share, share.kv[0], scale, window)
         return Partial(*merge_state(partial.o, partial.lse, other.o, other.lse))
@@ -189,7 +192,8 @@ class KVReads:
         layout = self._step.layout
         return query_runs(layout, cut_pieces(layout, runs, index, window), index, page_ids=ids)
 
-    def _exchange(self, layer: int, shares: Sequence[HeadShare]) -> PagePool:
+    def _start(self, layer: int, shares: Sequence[HeadShare]) -> Callable[[], PagePool]:
+        """Begin to send and receive pages; the result waits for them."""
         step, staging = self._step, self._incoming
         assert staging is not None
         own = step.context.store.own
@@ -200,6 +204,11 @@ class KVReads:
         ]
         begin, end = shares[step.me].kv
         staged, recv = staging.allocate(k, end - begin)
-        step.communicate(send, recv)
-        staged_k, staged_v = staging.settle(staged)
-        return PagePool([staged_k], [staged_v], staging.slots)
+        pending = step.start(send, recv)
+
+        def arrive() -> PagePool:
+            pending.wait()
+            staged_k, staged_v = staging.settle(staged)
+            return PagePool([staged_k], [staged_v], staging.slots)
+
+        return arrive

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.distributed.communicator import Pending
 
 
 class StepState:
@@ -48,6 +49,12 @@ class StepState:
         if self.communicator is None:
             raise ValueError("a group of one has nobody to send to")
         self.communicator.exchange(send, recv, "attention")
+
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Pending:
+        """Begin to exchange attention traffic with the group."""
+        if self.communicator is None:
+            raise ValueError("a group of one has nobody to send to")
+        return self.communicator.start(send, recv, "attention")
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Put this rank's share of the new KV into its pool."""
