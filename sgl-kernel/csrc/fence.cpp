@@ -18,14 +18,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
 // A futex compares 32 bits: the low half of a 64-bit word, which changes whenever the word grows
 // by less than 2^32.
 const uint32_t* futex_half(const void* word, int bytes) {
@@ -38,7 +30,16 @@ const uint32_t* futex_half(const void* word, int bytes) {
 #endif
 }
 
-// Sleeps while the word's low half is `seen`, at most `seconds`.
+}  // namespace
+
+void cpu_pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 void sleep_on(const void* word, int bytes, uint32_t seen, double seconds) {
 #ifdef __linux__
   timespec t;
@@ -50,8 +51,6 @@ void sleep_on(const void* word, int bytes, uint32_t seen, double seconds) {
   std::this_thread::sleep_for(Seconds(std::min(seconds, 50e-6)));
 #endif
 }
-
-}  // namespace
 
 void store_release(void* word, int bytes, uint64_t value) {
   if (bytes == 8)
@@ -98,7 +97,7 @@ bool wait_at_least(const void* word, int bytes, uint64_t value, double spin_us, 
   while (spin_s > 0 && elapsed() < spin_s)
     for (int i = 0; i < 32; ++i) {
       if (load_acquire(word, bytes) >= value) return true;
-      pause();
+      cpu_pause();
     }
   for (;;) {
     const uint64_t seen = load_acquire(word, bytes);

@@ -40,5 +40,7 @@ NB_MODULE(_core, m) {
   sps::bind::bind_elementwise(m);
   sps::bind::bind_sampling(m);
   sps::bind::bind_fence(m);
+  sps::bind::bind_links(m);
+  sps::bind::bind_moves(m);
   sps::bind::bind_program(m);
 }

@@ -11,6 +11,8 @@ void bind_packed(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 void bind_fence(nanobind::module_& m);
+void bind_links(nanobind::module_& m);
+void bind_moves(nanobind::module_& m);
 void bind_program(nanobind::module_& m);
 
 }  // namespace sps::bind

@@ -124,8 +124,8 @@ Tensor::~Tensor() {
 }
 
 Tensor::Tensor(Tensor&& other) noexcept
-    : data(other.data), ndim(other.ndim), dtype(other.dtype), name(std::move(other.name)),
-      buffer_(other.buffer_), has_buffer_(other.has_buffer_), owner_(std::move(other.owner_)) {
+    : data(other.data), ndim(other.ndim), dtype(other.dtype), item(other.item),
+      name(std::move(other.name)), buffer_(other.buffer_), has_buffer_(other.has_buffer_), owner_(std::move(other.owner_)) {
   std::memcpy(shape, other.shape, sizeof shape);
   std::memcpy(stride, other.stride, sizeof stride);
   other.has_buffer_ = false;
@@ -141,6 +141,7 @@ bool Tensor::from_exchange_api(nb::handle object) {
   data = static_cast<char*>(t.data) + t.byte_offset;
   ndim = t.ndim;
   dtype = t.dtype.lanes == 1 ? dtype_of(t.dtype.code, t.dtype.bits) : DType::kOther;
+  item = (t.dtype.bits * t.dtype.lanes + 7) / 8;
   int64_t next = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     shape[i] = t.shape[i];
@@ -162,6 +163,7 @@ bool Tensor::from_buffer(nb::handle object, bool writable) {
   data = static_cast<char*>(buffer_.buf);
   ndim = buffer_.ndim;
   dtype = dtype_of_format(buffer_.format, buffer_.itemsize);
+  item = buffer_.itemsize;
   for (int i = 0; i < ndim; ++i) {
     shape[i] = buffer_.shape[i];
     stride[i] = buffer_.itemsize > 0 ? buffer_.strides[i] / buffer_.itemsize : 0;
@@ -182,21 +184,12 @@ void Tensor::from_dlpack(nb::handle object, bool writable) {
   data = const_cast<char*>(static_cast<const char*>(array.data()));
   ndim = static_cast<int>(array.ndim());
   dtype = dtype_of(array.dtype().code, array.dtype().bits);
+  item = (array.dtype().bits * array.dtype().lanes + 7) / 8;
   for (int i = 0; i < ndim; ++i) {
     shape[i] = static_cast<int64_t>(array.shape(i));
     stride[i] = array.stride(i);
   }
   owner_ = nb::cast(array);
-}
-
-int64_t Tensor::item_bytes() const {
-  switch (dtype) {
-    case DType::kBf16: return 2;
-    case DType::kI64:
-    case DType::kU64: return 8;
-    case DType::kU8: return 1;
-    default: return 4;
-  }
 }
 
 int64_t Tensor::size() const {

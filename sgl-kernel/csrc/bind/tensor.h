@@ -34,9 +34,10 @@ class Tensor {
   int ndim = 0;
   DType dtype = DType::kOther;
   int64_t shape[kMaxDims] = {}, stride[kMaxDims] = {};  // stride in elements
+  int64_t item = 4;                                     // bytes of an element
   std::string name;
 
-  int64_t item_bytes() const;
+  int64_t item_bytes() const { return item; }
   int64_t size() const;
   int64_t byte_stride(int dim) const { return stride[dim] * item_bytes(); }
   template <class T>

@@ -18,6 +18,12 @@ uint64_t fetch_add(void* word, int bytes, uint64_t value);
 bool wait_at_least(const void* word, int bytes, uint64_t value, double spin_us, double timeout_s,
                    bool (*interrupted)());
 
+// Sleeps while the word's low half is `seen`, at most `seconds`; may return early for no reason.
+void sleep_on(const void* word, int bytes, uint32_t seen, double seconds);
+
+// Tells the core that this is a loop of looks.
+void cpu_pause();
+
 // Wakes every waiter on the word.
 void wake_all(void* word, int bytes);
 

@@ -18,7 +18,9 @@ from sps_kernel.fence import (
     wake,
 )
 from sps_kernel.gemm import gemv, small_gemm
+from sps_kernel.links import Links, links_region_bytes
 from sps_kernel.merge import merge_n_states, merge_states
+from sps_kernel.moves import copy, look_up, rope_angles, sum_parts
 from sps_kernel.packed import (
     crc32c,
     pack_weight,
@@ -34,16 +36,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ITEM_FIELDS",
     "KVPools",
+    "Links",
     "Program",
     "available_isas",
     "build_info",
+    "copy",
     "cpu_features",
     "crc32c",
     "current_isa",
     "fetch_add",
     "fetch_max",
     "gemv",
+    "links_region_bytes",
     "load_acquire",
+    "look_up",
     "merge_n_states",
     "merge_states",
     "pack_weight",
@@ -53,12 +59,14 @@ __all__ = [
     "publish",
     "rms_norm",
     "rope",
+    "rope_angles",
     "rope_kv_write",
     "sample",
     "set_isa",
     "silu_mul",
     "small_gemm",
     "store_release",
+    "sum_parts",
     "unpack_weight",
     "wait_at_least",
     "wake",
