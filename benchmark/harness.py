@@ -112,15 +112,17 @@ class Server:
     something is timed.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.port = free_port()
         self.flags = flags
+        self.environment = environment or {}
         self.peak_pss_bytes = 0
         self._stop = threading.Event()
 
     def __enter__(self) -> Server:
         command = [sys.executable, "-m", "sps_runtime.launch_server", "--port", str(self.port)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+        paths = [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.environment}
         self.started = time.perf_counter()
         self.process = subprocess.Popen([*command, *self.flags], env=env)
         self._wait_ready(120)

@@ -26,6 +26,9 @@ class EngineConfig:
     context_length: longest prompt plus answer.
     threads_per_rank: compute threads of one rank.
     cores: logical CPUs of each local rank, in rank order; empty: not bound.
+    service_cores: logical CPUs of the other processes; empty: not bound.
+    spin_s: how long a rank that waits for another polls before it sleeps; 0 where ranks outnumber
+        cores.
     seed: of dummy weights and of seeds drawn for requests without one.
     attention_backend: name of the attention backend, or ``auto``.
     watchdog_timeout_s: plans without any result for this long end the engine.
@@ -40,6 +43,8 @@ class EngineConfig:
     context_length: int = 32768
     threads_per_rank: int = 1
     cores: tuple[tuple[int, ...], ...] = ()
+    service_cores: tuple[int, ...] = ()
+    spin_s: float = 0.0
     seed: int = 0
     attention_backend: str = "auto"
     watchdog_timeout_s: float = 300.0

@@ -3,13 +3,16 @@
 SPS_API_KEY, SPS_ADMIN_API_KEY: keys (several: separated by commas), as ``--api-key`` and
 ``--admin-api-key`` but invisible in the process list. SPS_DIST_KEY: the secret that hosts of one
 engine share, as ``--dist-key-file``.
+
+Child processes get this process's variables and those that libraries read when they start
+(`rank_environment`, `service_environment`). What the user set stays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sps_runtime.types.errors import ConfigError
@@ -42,6 +45,38 @@ def dist_key(file: str) -> bytes:
             "SPS_DIST_KEY in the environment, the same on all hosts"
         )
     return key
+
+
+def rank_environment(threads: int) -> dict[str, str]:
+    """Variables of a rank with `threads` compute threads.
+
+    OpenMP's threads sleep when they have nothing to do: the kernels' own threads run on the same
+    cores between torch's operators. The allocator keeps what it has instead of giving each large
+    activation back to the system, which would zero its pages again; a user who sets any variable
+    of the allocator has all of them as they were.
+    """
+    added = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if not own_allocator_settings():
+        added |= ALLOCATOR
+    return {**added, **os.environ, "OMP_NUM_THREADS": str(threads)}
+
+
+def service_environment() -> dict[str, str]:
+    """Variables of a process that computes nothing: no pools of threads beside its own."""
+    return {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **os.environ}
+
+
+def own_allocator_settings() -> Mapping[str, str]:
+    """The user's own variables of glibc's allocator."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
+    }
+
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""glibc's allocator in a rank (measured in benchmark/threads.py)."""
 
 
 def read_key_file(path: str) -> list[str]:

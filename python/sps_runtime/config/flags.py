@@ -169,7 +169,8 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
     add("--dist-init-addr", default=None, help="host:port of node 0")
     add("--dist-key-file", default="", help="secret that the hosts share (or SPS_DIST_KEY)")
     add("--threads-per-rank", type=int, help="all cores, divided, unless told")
-    add("--no-core-binding", action="store_true", help="do not bind ranks to cores")
+    add("--cpu-bind", default="auto", help="auto, none, or CPUs of each rank: 0-3|4-7")
+    add("--no-core-binding", dest="cpu_bind", action="store_const", const="none")
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
@@ -243,7 +244,7 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         eviction=parsed.radix_eviction_policy,
         kv_cache_dtype=parsed.kv_cache_dtype,
         threads_per_rank=parsed.threads_per_rank,
-        bind_cores=not parsed.no_core_binding,
+        cpu_bind=parsed.cpu_bind,
         random_seed=parsed.random_seed,
         attention_backend=parsed.attention_backend,
         watchdog_timeout_s=parsed.watchdog_timeout,

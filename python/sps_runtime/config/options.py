@@ -25,7 +25,8 @@ class EngineOptions:
         max_total_tokens: tokens of KV over all ranks.
         pages_per_rank: the same, told in pages of one SP rank.
         mem_fraction_static: share of this host's free memory for KV (SGLang's name).
-        bind_cores: bind each rank to cores of its own where there are enough.
+        cpu_bind: ``auto`` binds each rank to cores of its own where there are enough, ``none``
+            does not, ``0-3|4-7`` tells the CPUs of each rank of this host.
         trace_file: write a timeline of steps here, for Perfetto or chrome://tracing.
         dist_key_file: file with the secret that hosts of one engine share.
     """
@@ -44,7 +45,7 @@ class EngineOptions:
     eviction: str = "lru"
     kv_cache_dtype: str = "auto"
     threads_per_rank: int | None = None
-    bind_cores: bool = True
+    cpu_bind: str = "auto"
     random_seed: int = 0
     attention_backend: str = "auto"
     watchdog_timeout_s: float = 300.0

@@ -14,7 +14,6 @@ refuses to start.
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 import time
@@ -43,11 +42,6 @@ class LayerFence(Protocol):
         ...
 
 
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 class SharedLayerFence:
     """Fences of a host's ranks in one shared region.
 
@@ -56,8 +50,8 @@ class SharedLayerFence:
         rank: this global rank.
         layers: layers of the model.
         timeout_s: how long a peer may take.
-        spin: looks before sleeping; none unless told where ranks outnumber cores, since a spinning
-            rank there takes the core that the awaited one needs.
+        spin_s: how long a wait polls before it sleeps; 0 where ranks outnumber cores, since a
+            polling rank there takes the core that the awaited one needs.
     """
 
     def __init__(
@@ -68,7 +62,7 @@ class SharedLayerFence:
         layers: int,
         *,
         timeout_s: float = 60.0,
-        spin: int | None = None,
+        spin_s: float = 0.0,
     ) -> None:
         if platform.machine() != "x86_64":
             raise OSError(f"plain stores are no fences on {platform.machine()}")
@@ -78,7 +72,7 @@ class SharedLayerFence:
         self._rank = rank
         self._layers = layers
         self._timeout_s = timeout_s
-        self._spin = (200 if world_size <= cores() else 0) if spin is None else spin
+        self._spin_s = spin_s
         self._futex = Futex()
 
     def publish(self, epoch: int, layer: int) -> None:
@@ -91,9 +85,9 @@ class SharedLayerFence:
         if values[global_rank] >= target:
             return 0.0
         began = time.monotonic()
-        for _ in range(self._spin):
+        while (polled := time.monotonic() - began) < self._spin_s:
             if values[global_rank] >= target:
-                return time.monotonic() - began
+                return polled
         while (seen := int(values[global_rank])) < target:
             left = began + self._timeout_s - time.monotonic()
             if left <= 0:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
 from sps_runtime.distributed.exchange import Done, as_bytes, check, copy_own, count_sent
-from sps_runtime.distributed.fences import cores
 from sps_runtime.distributed.futex import Futex
 from sps_runtime.distributed.regions import LINE, doorbell_bytes, link_bytes
 
@@ -85,7 +84,7 @@ class SharedMemoryMailroom:
         rank: this global rank.
         traffic: where to count.
         timeout_s: how long nothing may move.
-        spin: looks before sleeping; chosen by cores unless told.
+        spin_s: how long a wait polls before it sleeps; 0 where ranks outnumber cores.
     """
 
     def __init__(
@@ -97,14 +96,14 @@ class SharedMemoryMailroom:
         *,
         ring_bytes: int = RING_BYTES,
         timeout_s: float = 60.0,
-        spin: int | None = None,
+        spin_s: float = 0.0,
     ) -> None:
         if platform.machine() != "x86_64":
             raise OSError(f"plain stores are no fences on {platform.machine()}")
         self.rank = rank
         self.traffic = traffic
         self.timeout_s = timeout_s
-        self._spin = (50 if world_size <= cores() else 0) if spin is None else spin
+        self._spin_s = spin_s
         everything = np.frombuffer(memory, dtype=np.uint8, count=link_bytes(world_size, ring_bytes))
         bells = everything[: doorbell_bytes(world_size)].reshape(world_size, -1)
         self._bells = bells
@@ -175,7 +174,7 @@ class SharedMemoryMailroom:
         looking again."""
         began = time.monotonic()
         words = sorted({peer // _WORD for peer in peers})
-        for _ in range(self._spin):
+        while time.monotonic() - began < self._spin_s:
             if any(self._words[word] != seen[word] for word in words):
                 break
         else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +21,8 @@ INLINE_CHARS = 2048
 """Shorter prompts are tokenized at once: the hop to a thread costs more."""
 TEMPLATE_CHARS_PER_TOKEN = 4
 THREADS = 2
+NICENESS = 10
+"""Of the threads that tokenize: a tenth of the weight of who else wants the core."""
 
 
 class PromptEncoder:
@@ -26,7 +30,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(THREADS, "tokenize")
+        self._threads = ThreadPoolExecutor(THREADS, "tokenize", initializer=_step_back)
 
     async def encode(self, queries: Sequence[Query], limits: Limits) -> list[Sequence[int]]:
         """Return the ids of each query's prompt.
@@ -73,6 +77,11 @@ class PromptEncoder:
     def close(self) -> None:
         """Give the threads back."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _step_back() -> None:
+    """Let ranks and the event loop go first where all share cores. Niceness is a thread's own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _prompt_chars(prompt: Prompt) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.environment import rank_environment, service_environment
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.process import (
@@ -84,7 +85,9 @@ class EngineProcesses:
             settings,
             name="scheduler",
             fds={"heartbeat": self._heartbeat_fd},
+            cores=self.config.service_cores,
             removes=run_dir,
+            environment=service_environment(),
         )
         self.children.append(child)
 
@@ -103,6 +106,7 @@ class EngineProcesses:
             name=f"rank-{rank}",
             fds=self._memory,
             cores=cores,
+            environment=rank_environment(self.config.threads_per_rank),
         )
         self.children.append(child)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,8 @@ from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.kvcache.eviction import make_eviction
+from sps_runtime.launch.binding import bind
+from sps_runtime.launch.topology import read_topology
 from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.types.errors import ConfigError
 
@@ -36,8 +37,8 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
     parallel = options.parallel
     dtype = model.resolve_dtype(options.dtype)
     local_ranks = parallel.world_size // parallel.nnodes
-    cores = sorted(os.sched_getaffinity(0))
-    threads = options.threads_per_rank or max(1, len(cores) // local_ranks)
+    binding = bind(options.cpu_bind, local_ranks, options.threads_per_rank, read_topology())
+    logger.info("%d threads a rank, %s", binding.threads, binding.why)
     page_size = options.page_size or DEFAULT_PAGE_SIZE
     return EngineConfig(
         model_path=str(model_dir),
@@ -46,8 +47,10 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         device=_device(options),
         load_format=options.load_format,
         context_length=options.context_length or model.context_length,
-        threads_per_rank=threads,
-        cores=_assign_cores(cores, local_ranks, threads) if options.bind_cores else (),
+        threads_per_rank=binding.threads,
+        cores=binding.ranks,
+        service_cores=binding.services,
+        spin_s=binding.spin_s,
         seed=options.random_seed,
         attention_backend=options.attention_backend,
         watchdog_timeout_s=options.watchdog_timeout_s,
@@ -72,13 +75,6 @@ def _device(options: EngineOptions) -> Literal["cpu", "cuda", "echo"]:
     if options.device == "cuda":
         raise ConfigError("device cuda: this version has no attention backend for GPUs; use cpu")
     return options.device
-
-
-def _assign_cores(cores: list[int], ranks: int, threads: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive cores for each rank, or nothing when there are not enough for all."""
-    if ranks * threads > len(cores):
-        return ()
-    return tuple(tuple(cores[rank * threads : (rank + 1) * threads]) for rank in range(ranks))
 
 
 def kv_bytes_per_token(model: ModelConfig, tp_size: int, itemsize: int) -> int:

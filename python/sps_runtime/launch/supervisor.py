@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 
+from sps_runtime.config.environment import service_environment
 from sps_runtime.config.process import FrontendConfig
 from sps_runtime.config.server import ServerConfig
 from sps_runtime.ipc.links import Sender, new_context
@@ -95,7 +96,15 @@ class Supervisor:
         )
         fds = {"http": self._listener.fileno()}
         run_dir = engine.run_dir.path if engine.run_dir else None
-        self._http = spawn(HTTP_MODULE, settings, name="http", fds=fds, removes=run_dir)
+        self._http = spawn(
+            HTTP_MODULE,
+            settings,
+            name="http",
+            fds=fds,
+            cores=engine.config.service_cores,
+            removes=run_dir,
+            environment=service_environment(),
+        )
         for child in self._children():
             self._watch.add(child)
             self._unready.add(child)

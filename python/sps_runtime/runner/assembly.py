@@ -94,7 +94,9 @@ def open_mailroom(
     """
     mesh, timeout_s = place.mesh, config.watchdog_timeout_s
     memory = map_region(fds["links"], link_bytes(mesh.world_size, RING_BYTES))
-    local = SharedMemoryMailroom(memory, mesh.rank, mesh.world_size, traffic, timeout_s=timeout_s)
+    local = SharedMemoryMailroom(
+        memory, mesh.rank, mesh.world_size, traffic, timeout_s=timeout_s, spin_s=config.spin_s
+    )
     if config.parallel.nnodes == 1:
         return local
     host, port = _split_address(config.parallel.dist_init_addr or "")
@@ -113,7 +115,12 @@ def open_fence(
     world = place.mesh.world_size
     memory = map_region(fds["fences"], fence_bytes(world))
     return SharedLayerFence(
-        memory, place.mesh.rank, world, layers, timeout_s=config.watchdog_timeout_s
+        memory,
+        place.mesh.rank,
+        world,
+        layers,
+        timeout_s=config.watchdog_timeout_s,
+        spin_s=config.spin_s,
     )
 
 

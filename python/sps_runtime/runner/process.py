@@ -103,7 +103,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         model,
         vocab,
         trace_means(means, timeline),
-        TokenBoard(map_memory(child.fds["board"])),
+        TokenBoard(map_memory(child.fds["board"]), engine.spin_s),
         engine.parallel.arch,
         engine.watchdog_timeout_s,
         timeline,
