@@ -72,7 +72,7 @@ def check_started(mailroom: Mailroom, rank: int, group: tuple[int, ...]) -> None
         recv = [torch.full_like(wanted, torch.nan) for wanted in want]
         begun.append((communicator.start(send, recv, "attention"), send, recv, want))
     for pending, _, recv, want in begun:
-        pending.wait()
+        assert pending.wait() >= 0
         assert all(map(torch.equal, recv, want)), rank
     sent = sum(t.nbytes for _, send, *_ in begun for i, t in enumerate(send) if group[i] != rank)
     assert communicator.traffic.attention_bytes - before == sent

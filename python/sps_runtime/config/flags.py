@@ -164,6 +164,7 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
         choices=["auto", "pass-kv", "pass-q", "ulysses"],
         help="how attention crosses ranks; auto measures",
     )
+    add("--disable-sp-pipeline", action="store_true", help="between hosts: compute, then send")
     add("--nnodes", type=int, default=1, help="hosts")
     add("--node-rank", type=int, default=0)
     add("--dist-init-addr", default=None, help="host:port of node 0")
@@ -268,6 +269,7 @@ def _parallel(parsed: argparse.Namespace) -> ParallelConfig:
         nnodes=parsed.nnodes,
         node_rank=parsed.node_rank,
         dist_init_addr=parsed.dist_init_addr,
+        pipeline=not parsed.disable_sp_pipeline,
     )
 
 

@@ -24,6 +24,7 @@ class ParallelConfig:
         strategy: how attention crosses SP ranks; ``auto`` lets the measured cost choose.
         nnodes, node_rank: hosts, and this one's number; ranks are dealt to hosts in equal,
             consecutive blocks of SP ranks.
+        pipeline: between hosts, compute one part of a long prefill while pages for another travel.
         dist_init_addr: ``host:port`` of node 0, where nnodes > 1.
     """
 
@@ -34,6 +35,7 @@ class ParallelConfig:
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None
+    pipeline: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("sp_size", 1), ("tp_size", 1), ("nnodes", 1), ("node_rank", 0)):

@@ -45,8 +45,9 @@ class Traffic:
 class Pending(Protocol):
     """An exchange that was begun."""
 
-    def wait(self) -> None:
-        """Return when `recv` is filled and `send` may be written again.
+    def wait(self) -> float:
+        """Return when `recv` is filled and `send` may be written again, with the seconds that this
+        took. Whether they were exposed is the caller's to know, and to count.
 
         Raises:
             ConnectionError: when a member is gone or does not answer in time.
@@ -81,11 +82,17 @@ class Communicator(Protocol):
         """
         ...
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
         """Begin an `exchange`, to compute while it is under way; `wait` ends it.
 
-        Until then `recv` is not read, and neither is written. Seconds count as exposed only while
-        `wait` waits. A transport that has nothing to hide (memory that is shared) does it all here.
+        Until then `recv` is not read, and neither is written. A transport that has nothing to hide
+        (memory that is shared) does it all here.
+
+        Args:
+            tag: messages of one pair of ranks keep their order within a tag; between hosts,
+                exchanges of different tags may be begun in another order by every member.
 
         Raises:
             ConnectionError: as `exchange`.

@@ -13,8 +13,8 @@ from sps_runtime.distributed.communicator import Kind, Traffic
 class Done:
     """A `Pending` exchange with nothing left to wait for."""
 
-    def wait(self) -> None:
-        return
+    def wait(self) -> float:
+        return 0.0
 
 
 def check(send: Sequence[Tensor], recv: Sequence[Tensor], size: int) -> None:

@@ -201,7 +201,9 @@ class SharedMemoryCommunicator:
         count_sent(self.traffic, send, self.rank, kind)
         self._mailroom.move(self._by_rank(send), self._by_rank(recv))
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
         self.exchange(send, recv, kind)
         return Done()
 

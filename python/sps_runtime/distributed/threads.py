@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -19,7 +20,7 @@ _POLL_S = 0.05
 
 
 class ThreadWorld:
-    """A queue for each directed pair of global ranks.
+    """A queue for each directed pair of global ranks and each tag.
 
     Args:
         world_size: ranks.
@@ -30,16 +31,17 @@ class ThreadWorld:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.failed = threading.Event()
-        self._queues: list[list[SimpleQueue[Tensor]]] = [
-            [SimpleQueue() for _ in range(world_size)] for _ in range(world_size)
-        ]
+        self._lock = threading.Lock()
+        self._queues: dict[tuple[int, int, int], SimpleQueue[Tensor]] = defaultdict(SimpleQueue)
 
     def mailroom(self, rank: int, traffic: Traffic | None = None) -> ThreadMailroom:
         """What global rank `rank` uses."""
         return ThreadMailroom(self, rank, traffic or Traffic())
 
-    def queue(self, source: int, target: int) -> SimpleQueue[Tensor]:
-        return self._queues[source][target]
+    def queue(self, source: int, target: int, tag: int) -> SimpleQueue[Tensor]:
+        """Messages of a pair of ranks under a tag, in their order."""
+        with self._lock:
+            return self._queues[source, target, tag]
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """Call `work(rank)` on a thread per rank and return the results by rank. The first error
@@ -98,26 +100,30 @@ class ThreadCommunicator:
         self.traffic = traffic
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
-        self.start(send, recv, kind).wait()
+        self.traffic.exposed_s += self.start(send, recv, kind).wait()
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
         check(send, recv, self.size)
         for member, tensor in enumerate(send):
             if member != self.rank and tensor.numel():
                 target = self._members[member]
-                self._world.queue(self._global_rank, target).put(tensor.clone())
+                self._world.queue(self._global_rank, target, tag).put(tensor.clone())
         copy_own(send, recv, self.rank)
         count_sent(self.traffic, send, self.rank, kind)
-        return _Receiving(self, recv)
+        return _Receiving(self, recv, tag)
 
-    def receive(self, recv: Sequence[Tensor]) -> None:
-        """Fill `recv` with what the members gave, in their order of giving."""
+    def receive(self, recv: Sequence[Tensor], tag: int) -> float:
+        """Fill `recv` with what the members gave; the seconds waited."""
+        began = time.monotonic()
         for member, tensor in enumerate(recv):
             if member != self.rank and tensor.numel():
-                tensor.copy_(self._receive(self._members[member], tensor))
+                tensor.copy_(self._receive(self._members[member], tensor, tag))
+        return time.monotonic() - began
 
-    def _receive(self, source: int, wanted: Tensor) -> Tensor:
-        queue = self._world.queue(source, self._global_rank)
+    def _receive(self, source: int, wanted: Tensor, tag: int) -> Tensor:
+        queue = self._world.queue(source, self._global_rank, tag)
         began = time.monotonic()
         while True:
             try:
@@ -127,7 +133,6 @@ class ThreadCommunicator:
                 late = time.monotonic() - began > self._world.timeout_s
                 if late or self._world.failed.is_set():
                     raise ConnectionError(f"rank {source} did not send") from None
-        self.traffic.exposed_s += time.monotonic() - began
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
             raise ConnectionError(
                 f"rank {source} sent {tuple(got.shape)} {got.dtype}, "
@@ -142,6 +147,7 @@ class _Receiving:
 
     communicator: ThreadCommunicator
     recv: Sequence[Tensor]
+    tag: int
 
-    def wait(self) -> None:
-        self.communicator.receive(self.recv)
+    def wait(self) -> float:
+        return self.communicator.receive(self.recv, self.tag)

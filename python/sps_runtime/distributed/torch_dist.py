@@ -104,22 +104,24 @@ class TorchDistMailroom:
             found = self._groups[global_ranks] = TorchDistCommunicator(self, global_ranks)
         return found
 
-    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> Pending:
+    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int) -> Pending:
         """Begin to send and receive flat byte tensors by global rank. gloo moves them in a thread
         of its own, NCCL on a stream of its own."""
         try:
-            works = self._post(outgoing, incoming)
+            works = self._post(outgoing, incoming, tag)
         except RuntimeError as error:
             raise lost_peer(self.rank, error) from error
-        return _Posted(self.rank, self.traffic, works, (outgoing, incoming))
+        return _Posted(self.rank, works, (outgoing, incoming))
 
-    def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[Any]:
+    def _post(
+        self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int
+    ) -> list[Any]:
         group = self._group
         device = next(iter((*outgoing.values(), *incoming.values()))).device
         if self._coalesce:
             group._start_coalescing(device)
-        works = [group.send([data], peer, 0) for peer, data in outgoing.items()]
-        works += [group.recv([data], peer, 0) for peer, data in incoming.items()]
+        works = [group.send([data], peer, tag) for peer, data in outgoing.items()]
+        works += [group.recv([data], peer, tag) for peer, data in incoming.items()]
         return [group._end_coalescing(device)] if self._coalesce else works
 
 
@@ -134,18 +136,17 @@ class _Posted:
     """
 
     rank: int
-    traffic: Traffic
     works: list[Any]
     tensors: object
 
-    def wait(self) -> None:
+    def wait(self) -> float:
         began = time.monotonic()
         try:
             for work in self.works:
                 work.wait()
         except RuntimeError as error:
             raise lost_peer(self.rank, error) from error
-        self.traffic.exposed_s += time.monotonic() - began
+        return time.monotonic() - began
 
 
 def lost_peer(rank: int, error: RuntimeError) -> ConnectionError:
@@ -164,14 +165,16 @@ class TorchDistCommunicator:
         self.traffic = mailroom.traffic
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
-        self.start(send, recv, kind).wait()
+        self.traffic.exposed_s += self.start(send, recv, kind).wait()
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
         check(send, recv, self.size)
         copy_own(send, recv, self.rank)
         count_sent(self.traffic, send, self.rank, kind)
         outgoing, incoming = self._by_rank(send), self._by_rank(recv)
-        return self._mailroom.start(outgoing, incoming) if outgoing or incoming else Done()
+        return self._mailroom.start(outgoing, incoming, tag) if outgoing or incoming else Done()
 
     def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         return {

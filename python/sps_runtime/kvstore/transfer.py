@@ -113,7 +113,12 @@ class Staging:
 
     def settle(self, pool: Tensor) -> tuple[Tensor, Tensor]:
         """K and V ``[slots, heads, page_size, head_dim]`` once everything arrived."""
-        for first, shipment in zip(self._first, self._shipments, strict=True):
-            shipment.spread_tails(pool[first : first + shipment.pages])
+        for source in range(len(self._shipments)):
+            self.spread(pool, source)
         k, v = pool.unbind(1)
         return k, v
+
+    def spread(self, pool: Tensor, source: int) -> None:
+        """Put the pages of one source, whose message arrived, in their places."""
+        first, shipment = self._first[source], self._shipments[source]
+        shipment.spread_tails(pool[first : first + shipment.pages])

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.build import sequence_attention
+from sps_runtime.attention.sequence_parallel.in_flight import Flight, applies, cut
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.runner.input_batch import InputBatch, build_input
+from sps_runtime.runner.micro_batches import fly
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
 from sps_runtime.runner.sampler import sample
@@ -57,6 +59,7 @@ class Step:
         links: the group's communicators.
         batch: tokens and rows.
         context: what the model's forward is given.
+        flight: the step's micro-batches, where it runs in several at once.
     """
 
     plan: StepPlan
@@ -64,6 +67,7 @@ class Step:
     links: GroupLinks
     batch: InputBatch
     context: StepContext
+    flight: Flight | None = None
 
 
 class ModelRunner:
@@ -77,6 +81,7 @@ class ModelRunner:
         arch: what sharded tokens meet: whole weights or cut ones.
         token_timeout_s: how long a token that a plan names may take to appear on the board.
         timeline: where spans of steps and their parts go.
+        pipeline: keep micro-batches of a long prefill in flight where pages cross hosts.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class ModelRunner:
         arch: Arch,
         token_timeout_s: float = 300.0,
         timeline: Timeline | None = None,
+        pipeline: bool = True,
     ) -> None:
         self._model = model
         self._vocab = vocab
@@ -96,6 +102,7 @@ class ModelRunner:
         self._arch = arch
         self._token_timeout_s = token_timeout_s
         self._timeline: Timeline = timeline or NoTimeline()
+        self._pipeline = pipeline
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -113,7 +120,7 @@ class ModelRunner:
             with span("prepare", "host"):
                 step = self._prepare(plan)
             with span("forward", "forward", tokens=len(step.batch.tokens_T)):
-                hidden_TD = self._model.forward(step.batch.tokens_T, step.context)
+                hidden_TD = self._forward(step)
             with span("sample", "host"):
                 sampled = self._sample(step, hidden_TD)
             judged = self._judge(step, hidden_TD)
@@ -140,7 +147,19 @@ class ModelRunner:
             linear=place(plan.placement, self._arch, links, layout.rows, means.ops),
             attend=sequence_attention(plan, layout, means),
         )
-        return Step(plan, member, links, batch, context)
+        flight = self._flight(plan, layout)
+        return Step(plan, member, links, batch, context, flight)
+
+    def _flight(self, plan: StepPlan, layout: ShardLayout) -> Flight | None:
+        if not (self._pipeline and self._arch == "ntp" and applies(plan, self._means)):
+            return None
+        plans = cut(plan, layout)
+        return Flight(plans, layout, self._means) if len(plans) > 1 else None
+
+    def _forward(self, step: Step) -> Tensor:
+        if step.flight is None:
+            return self._model.forward(step.batch.tokens_T, step.context)
+        return fly(self._model.forward, step.flight, step.batch, step.links)
 
     def _links(self, group: tuple[int, ...]) -> GroupLinks:
         mesh, mailroom = self._means.mesh, self._means.mailroom

@@ -107,6 +107,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         engine.parallel.arch,
         engine.watchdog_timeout_s,
         timeline,
+        engine.parallel.pipeline,
     )
     cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)

@@ -60,11 +60,13 @@ class _TracedCommunicator(_Traced):
         with self._timeline.span(f"exchange {kind}", "communicate", sent_bytes=sent):
             communicator.exchange(send, recv, kind)
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
         communicator = cast(Communicator, self._part)
         sent = sum(t.nbytes for i, t in enumerate(send) if i != communicator.rank)
         with self._timeline.span(f"start {kind}", "communicate", sent_bytes=sent):
-            pending = communicator.start(send, recv, kind)
+            pending = communicator.start(send, recv, kind, tag)
         wait = {"wait": (f"exchange {kind}", "communicate")}
         return cast(Pending, _Traced(pending, self._timeline, wait))
 

@@ -121,6 +121,7 @@ class ThreadEngine:
         pages_per_rank: int = 256,
         hosts: tuple[int, ...] | None = None,
         ops: Ops | None = None,
+        pipeline: bool = True,
     ) -> None:
         self.sp, self.tp = sp, tp
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
@@ -147,7 +148,13 @@ class ThreadEngine:
             self.models.append(RecordingModel(model))
             self.runners.append(
                 ModelRunner(
-                    self.models[rank], config.vocab_size, means, board, arch, PATIENCE_S
+                    self.models[rank],
+                    config.vocab_size,
+                    means,
+                    board,
+                    arch,
+                    PATIENCE_S,
+                    pipeline=pipeline,
                 )
             )
         self._threads = threading.Thread(target=self._run, args=(world,), daemon=True)

@@ -207,7 +207,7 @@ class KVReads:
         pending = step.start(send, recv)
 
         def arrive() -> PagePool:
-            pending.wait()
+            step.context.traffic.exposed_s += pending.wait()
             staged_k, staged_v = staging.settle(staged)
             return PagePool([staged_k], [staged_v], staging.slots)
 

@@ -50,11 +50,11 @@ class StepState:
             raise ValueError("a group of one has nobody to send to")
         self.communicator.exchange(send, recv, "attention")
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Pending:
+    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], tag: int = 0) -> Pending:
         """Begin to exchange attention traffic with the group."""
         if self.communicator is None:
             raise ValueError("a group of one has nobody to send to")
-        return self.communicator.start(send, recv, "attention")
+        return self.communicator.start(send, recv, "attention", tag)
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Put this rank's share of the new KV into its pool."""
