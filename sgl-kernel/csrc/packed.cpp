@@ -6,6 +6,7 @@
 #include "kernels/bf16.h"
 #include "sps/cpu.h"
 #include "sps/kernel_table.h"
+#include "sps/quant.h"
 #include "sps/thread_pool.h"
 
 namespace sps {
@@ -92,6 +93,7 @@ int64_t panels_of(int64_t n) { return (n + kPanelOutputs - 1) / kPanelOutputs; }
 }  // namespace
 
 int64_t panel_bytes(const PackedLayout& layout) {
+  if (quantized(layout.kind)) return quant_panel_bytes(layout);
   const int64_t per_cell = cell_elements(layout.kind);
   return (layout.k + per_cell - 1) / per_cell * kPanelOutputs * kCellBytes;
 }
@@ -101,14 +103,17 @@ int64_t packed_bytes(const PackedLayout& layout) {
 }
 
 void pack_weight(const PackParams& params, int threads) {
+  if (quantized(params.layout.kind)) return quant_pack(params, threads);
   parallel_for(threads, panels_of(params.layout.n), [&](int64_t i) { pack_panel(params, i); });
 }
 
 void unpack_weight(const PackParams& params) {
+  if (quantized(params.layout.kind)) return quant_unpack(params);
   for (int64_t row = 0; row < params.layout.n; ++row) unpack_row(params, row);
 }
 
 void packed_linear(const PackedLinearParams& params, int threads) {
+  if (quantized(params.layout.kind)) return quant_linear(params, threads);
   const int64_t panels = panels_of(params.row_end - params.row_begin);
   if (params.m == 0 || panels == 0) return;
   const KernelTable& table = kernels();

@@ -14,8 +14,9 @@ struct Arena {
 
 }  // namespace
 
-void* thread_scratch(size_t bytes) {
-  thread_local Arena arena;
+void* thread_scratch(size_t bytes, int slot) {
+  thread_local Arena arenas[2];
+  Arena& arena = arenas[slot];
   if (bytes > arena.size) {
     const size_t size = (bytes + 4095) / 4096 * 4096;
     void* data = std::aligned_alloc(64, size);

@@ -5,6 +5,7 @@
 #include "bind/program.h"
 #include "sps/crc32c.h"
 #include "sps/packed.h"
+#include "sps/quant.h"
 
 namespace sps::bind {
 namespace {
@@ -15,8 +16,14 @@ PackedLayout layout_of(int64_t n, int64_t k, const char* kind, int64_t group) {
   PackedLayout layout{PackedKind::kBf16, n, k, group};
   if (std::strcmp(kind, "fp32") == 0)
     layout.kind = PackedKind::kF32;
+  else if (std::strcmp(kind, "int8") == 0)
+    layout.kind = PackedKind::kInt8;
+  else if (std::strcmp(kind, "int4") == 0)
+    layout.kind = PackedKind::kInt4;
   else if (std::strcmp(kind, "bf16") != 0)
-    value_error(std::string("kind must be bf16 or fp32, is ") + kind);
+    value_error(std::string("kind must be bf16, fp32, int8 or int4, is ") + kind);
+  if (quantized(layout.kind) && (group % 32 != 0 || group > kQuantMaxGroup))
+    value_error("group must be a multiple of 32 up to 256");
   return layout;
 }
 
@@ -59,10 +66,12 @@ void need_slice(const PackedLinearParams& p) {
   if (p.row_begin < 0 || p.row_end < p.row_begin || p.row_end > n ||
       !whole(p.row_begin, kPanelOutputs, n) || !whole(p.row_end, kPanelOutputs, n))
     value_error("rows must begin and end at multiples of 16 (or at n) within [0, n]");
-  const int64_t cell = p.layout.kind == PackedKind::kBf16 ? 2 : 1;
+  const int64_t pair = p.layout.kind == PackedKind::kBf16 ? 2 : 1;
+  const int64_t cell = quantized(p.layout.kind) ? p.layout.group : pair;
   if (p.column_begin < 0 || p.column_end < p.column_begin || p.column_end > k ||
       !whole(p.column_begin, cell, k) || !whole(p.column_end, cell, k))
-    value_error("columns must begin and end at even numbers (or at k) within [0, k]");
+    value_error("columns must begin and end at multiples of " + std::to_string(cell) +
+                " (or at k) within [0, k]");
 }
 
 struct Range {
@@ -90,7 +99,10 @@ void linear(nb::handle x_, nb::handle packed_, int64_t n, int64_t k, const char*
   const int64_t width = row.end - row.begin;
   need_packed(packed, p.layout);
   x.need_shape({-1, column.end - column.begin}).need_last_contiguous();
-  x.need_dtype(p.layout.kind == PackedKind::kF32 ? DType::kF32 : DType::kBf16);
+  if (quantized(p.layout.kind))
+    x.need_float();
+  else
+    x.need_dtype(p.layout.kind == PackedKind::kF32 ? DType::kF32 : DType::kBf16);
   out.need_float().need_shape({x.shape[0], width}).need_last_contiguous();
   p.packed = packed.data;
   p.x = x.data;

@@ -6,6 +6,9 @@
 #include "kernels/gemm_kernel.h"
 #include "kernels/merge_kernel.h"
 #include "kernels/packed_kernel.h"
+#include "kernels/quant_kernel.h"
+#include "kernels/quant_many.h"
+#include "kernels/quant_pack.h"
 #include "kernels/sampling_kernel.h"
 #include "sps/kernel_table.h"
 
@@ -19,6 +22,11 @@ static const KernelTable table = {
     merge_tokens,
     small_gemm_range,
     packed_linear_block,
+    quant_pack_panel,
+    quant_rows,
+    quant_fill_rows,
+    quant_panels,
+    quant_many,
     rms_norm_range,
     silu_mul_range,
     rope_range,

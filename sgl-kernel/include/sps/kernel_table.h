@@ -7,6 +7,7 @@
 #include "sps/gemm.h"
 #include "sps/merge.h"
 #include "sps/packed.h"
+#include "sps/quant.h"
 
 namespace sps {
 
@@ -20,6 +21,13 @@ struct KernelTable {
   void (*merge_tokens)(const MergeParams&, int64_t begin, int64_t end);
   void (*small_gemm)(const SmallGemmParams&, int64_t begin, int64_t end);  // weight rows
   void (*packed_linear)(const PackedLinearParams&, const PackedBlock&);
+  void (*quant_pack_panel)(const PackParams&, int64_t panel);
+  // The rows that one tile takes from m_begin on (without cells), and their cells.
+  QuantRows (*quant_rows)(const PackedLinearParams&, int64_t m_begin);
+  void (*quant_fill_rows)(const PackedLinearParams&, const QuantRows&);
+  // Panels, counted from row_begin: times a few rows, and times all.
+  void (*quant_panels)(const PackedLinearParams&, const QuantRows&, int64_t begin, int64_t end);
+  void (*quant_many)(const PackedLinearParams&, int64_t begin, int64_t end);
   void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluMulParams&, int64_t begin, int64_t end);
   void (*rope_kv_write)(const RopeParams&, int64_t begin, int64_t end);

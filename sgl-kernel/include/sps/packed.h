@@ -5,12 +5,13 @@
 
 namespace sps {
 
-enum class PackedKind : int { kBf16 = 0, kF32 = 1 };
+enum class PackedKind : int { kBf16 = 0, kF32 = 1, kInt8 = 2, kInt4 = 3 };
 
 constexpr int kPanelOutputs = 16;
 
 // A panel holds 16 rows of a weight [n, k], cell after cell along k: one float, or two bfloat16
-// (k odd: the last is 0), of each row in turn. Rows beyond n are 0. Panels follow one another.
+// (k odd: the last is 0), of each row in turn. Rows beyond n are 0. Panels follow one another. For
+// the kinds with codes and scales see quant.h.
 struct PackedLayout {
   PackedKind kind;
   int64_t n, k, group;  // group: columns that share a scale; unused by kinds without scales

@@ -9,7 +9,7 @@ import numpy as np
 from sps_kernel import _core
 from sps_kernel.arrays import Array, is_torch
 
-Kind = Literal["bf16", "fp32"]
+Kind = Literal["bf16", "fp32", "int8", "int4"]
 
 
 def packed_nbytes(n: int, k: int, kind: Kind, group: int = 64) -> int:
@@ -28,19 +28,22 @@ def pack_weight(weight: Array, kind: Kind, out: Array, group: int = 64, threads:
 
     A panel holds 16 outputs (rows of the weight; the last panel is padded with zeros), panels lie
     one after another. ``bf16``: [ceil(k / 2)][16][2], pairs along k, the last one padded with zero
-    when k is odd. ``fp32``: [k][16]. The layout is the same for every instruction set and any
-    number of rows of x, so it can be kept on disk.
+    when k is odd. ``fp32``: [k][16]. ``int8`` and ``int4``: codes, and a bfloat16 scale for each
+    group of columns of each output (docs/quant.md). The layout is the same for every instruction
+    set and any number of rows of x, so it can be kept on disk.
 
     Parameters
     ----------
     weight : [N, K], float32 or bfloat16
         Rows are contiguous, their stride is free. Converted where ``kind`` asks for it (float32 to
-        bfloat16 rounds to nearest even).
-    kind : "bf16" or "fp32"
+        bfloat16 rounds to nearest even). For codes they must be finite: a group with one that is
+        not gets the scale NaN.
+    kind : "bf16", "fp32", "int8" or "int4"
     out : uint8 [packed_nbytes(N, K, kind, group)]
         Written in full. Best aligned to 64 bytes; any alignment is correct.
     group : int
-        Columns that share a scale; for kinds without scales it has no meaning.
+        Columns that share a scale: a multiple of 32 up to 256; for kinds without scales it has no
+        meaning.
     threads : int
 
     Raises
@@ -87,7 +90,7 @@ def packed_linear(
 
     Parameters
     ----------
-    x : [M, columns], bfloat16 for "bf16", float32 for "fp32"
+    x : [M, columns], bfloat16 for "bf16", float32 for "fp32", either for "int8" and "int4"
         Any M: a few rows run at memory speed, many at the speed of arithmetic. The row stride is
         free, pointers need no alignment.
     packed : uint8 [packed_nbytes(n, k, kind, group)]
@@ -99,13 +102,16 @@ def packed_linear(
     rows : (begin, end), optional
         Outputs to compute: multiples of 16, or n. All when left out.
     columns : (begin, end), optional
-        Columns of W that x holds: even numbers for "bf16", or k. All when left out.
+        Columns of W that x holds: even numbers for "bf16", multiples of ``group`` for "int8" and
+        "int4", or k. All when left out.
     group : int
         As it was packed.
     threads : int
 
     Sums are taken in float32 along k in order: a row's result depends neither on the other rows of
-    x, nor on ``threads``, nor on ``rows``.
+    x, nor on ``threads``, nor on ``rows``. "int8" and "int4" sum each group first and scale its
+    sum; in how many parts depends on M, and from 48 rows of bfloat16 on scaled weights are rounded
+    to bfloat16.
 
     Raises
     ------

@@ -1,0 +1,94 @@
+// Many rows of x: panels are widened into scratch memory once, scaled, and multiplied as panels of
+// bfloat16 (or float32, for such x) are. Only here are scaled weights rounded, to bfloat16.
+#pragma once
+
+#include "kernels/packed_kernel.h"
+#include "kernels/quant_cells.h"
+#include "sps/scratch.h"
+
+namespace sps {
+namespace SPS_ISA_NS {
+
+static void store_bf16_pairs(char* to, const Wide::reg* even, const Wide::reg* odd) {
+#ifdef SPS_HAS_DPBF16
+  ModeBf16::store_pair<Wide>(reinterpret_cast<float*>(to), 0, 0, *even, *odd);
+#else
+  uint16_t pairs[2][kPanelOutputs], cells[2 * kPanelOutputs];
+  for (int i = 0; i < kQuantRegs; ++i) {
+    Wide::store_bf16(pairs[0] + i * Wide::W, even[i]);
+    Wide::store_bf16(pairs[1] + i * Wide::W, odd[i]);
+  }
+  for (int i = 0; i < kPanelOutputs; ++i) {
+    cells[2 * i] = pairs[0][i];
+    cells[2 * i + 1] = pairs[1][i];
+  }
+  __builtin_memcpy(to, cells, sizeof cells);
+#endif
+}
+
+// Columns of one panel from `codes` on, as cells of `to`, which has room for whole blocks.
+template <class Cells>
+static void widen_panel(const PackedLayout& layout, const char* codes, const char* scales,
+                        int64_t columns, bool bf16, char* to) {
+  const int64_t group_blocks = layout.group / kQuantBlock;
+  for (int64_t b = 0; b * kQuantBlock < columns; ++b, codes += Cells::kBytes) {
+    const char* scale = scales + b / group_blocks * kQuantScaleBytes;
+    const Cells block(codes);
+#pragma GCC unroll 4
+    for (int step = 0; step < kQuantBlock; step += 2) {
+      Wide::reg w[2][kQuantRegs];
+      for (int c = 0; c < 2; ++c) {
+        block.weights(step + c, w[c]);
+        for (int i = 0; i < kQuantRegs; ++i)
+          w[c][i] = Wide::mul(w[c][i], Wide::load_bf16(scale + 2 * i * Wide::W));
+      }
+      if (bf16) {
+        store_bf16_pairs(to, w[0], w[1]);
+        to += kPanelCellBytes;
+        continue;
+      }
+      for (int c = 0; c < 2; ++c, to += kPanelCellBytes)
+        for (int i = 0; i < kQuantRegs; ++i) Wide::store(to + 4 * i * Wide::W, w[c][i]);
+    }
+  }
+}
+
+constexpr int64_t kWidenedBytes = 512 << 10;
+constexpr int64_t kWidenedPanels = 4;  // at least
+
+static void quant_many(const PackedLinearParams& p, int64_t begin, int64_t end) {
+  PackedLinearParams wide = p;
+  wide.layout.kind = p.x_bf16 ? PackedKind::kBf16 : PackedKind::kF32;
+  wide.layout.k = wide.column_end = p.column_end - p.column_begin;
+  wide.column_begin = wide.row_begin = 0;
+  const int64_t stride = panel_bytes(wide.layout);
+  const int64_t fit = kWidenedBytes / (stride + 1) / 2 * 2;
+  const int64_t step = fit > kWidenedPanels ? fit : kWidenedPanels;
+  char* scratch = static_cast<char*>(
+      thread_scratch(static_cast<size_t>(step * stride + 8 * kPanelCellBytes), 1));
+  wide.packed = scratch;
+  const int64_t outputs = p.row_end - p.row_begin;
+  for (int64_t n = begin; n < end; n += step) {
+    const int64_t count = n + step < end ? step : end - n;
+    for (int64_t i = 0; i < count; ++i) {
+      const char* panel =
+          p.packed + (p.row_begin / kPanelOutputs + n + i) * quant_panel_bytes(p.layout);
+      const char* codes =
+          panel + p.column_begin / kQuantBlock * quant_block_bytes(p.layout.kind);
+      const char* scales = panel + quant_codes_bytes(p.layout) +
+                           p.column_begin / p.layout.group * kQuantScaleBytes;
+      const auto widen =
+          p.layout.kind == PackedKind::kInt8 ? widen_panel<Int8AsF32> : widen_panel<Int4AsF32>;
+      widen(p.layout, codes, scales, wide.column_end, p.x_bf16, scratch + i * stride);
+    }
+    const int64_t left = outputs - n * kPanelOutputs;
+    wide.row_end = left < count * kPanelOutputs ? left : count * kPanelOutputs;
+    wide.layout.n = wide.row_end;
+    wide.bias = p.bias == nullptr ? nullptr : p.bias + n * kPanelOutputs * (p.bias_bf16 ? 2 : 4);
+    wide.out = p.out + n * kPanelOutputs * (p.out_bf16 ? 2 : 4);
+    packed_linear_block(wide, PackedBlock{0, p.m, 0, count});
+  }
+}
+
+}  // namespace SPS_ISA_NS
+}  // namespace sps
