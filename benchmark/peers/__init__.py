@@ -1,0 +1,1 @@
+"""Other engines measured beside ours: `benchmark/peers.py` is the command."""
