@@ -1,0 +1,8 @@
+"""benchmark/ is run as scripts: its files import one another by their bare names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
