@@ -21,7 +21,7 @@ class ColumnLinear:
         weight_ND: ``[sum(sizes), in]``, this rank's TP slice.
         bias_N: ``[sum(sizes)]`` or None.
         sizes: columns of each part.
-        unit: columns that stay together (head_dim for q, k, v).
+        unit: columns that stay together when ranks share them (head_dim for q, k, v).
     """
 
     def __init__(
@@ -75,13 +75,14 @@ class LanguageModelHead:
     Args:
         weight_VD: ``[slice, hidden]``, this TP rank's share of the rows.
         vocab: the whole vocabulary.
+        unit: as in `ColumnLinear`.
     """
 
-    def __init__(self, weight_VD: Weight, vocab: int) -> None:
-        self.weight_VD, self.vocab = weight_VD, vocab
+    def __init__(self, weight_VD: Weight, vocab: int, unit: int = 1) -> None:
+        self.weight_VD, self.vocab, self.unit = weight_VD, vocab, unit
 
     def __call__(self, linear: LinearPlacement, hidden_RD: Tensor) -> Tensor:
         """``[my rows, hidden]`` -> ``[my rows, vocab]``, in the weights' dtype."""
-        y_RN = linear.column(linear.enter(hidden_RD), self.weight_VD)
-        y_RV = linear.to_tokens(y_RN, self.weight_VD.shape[0])
+        y_RN = linear.column(linear.enter(hidden_RD), self.weight_VD, unit=self.unit)
+        y_RV = linear.to_tokens(y_RN, self.weight_VD.shape[0], self.unit)
         return linear.gather_vocab(y_RV, self.vocab)

@@ -51,14 +51,9 @@ class GroupLinks:
 
 
 def unit_shares(columns: int, unit: int, parts: int) -> list[tuple[int, int]]:
-    """(begin, end) columns of each part, in whole units.
-
-    Raises:
-        ValueError: when `columns` is no multiple of `unit`.
-    """
-    if columns % unit:
-        raise ValueError(f"{columns} columns do not divide into units of {unit}")
-    return [(begin * unit, end * unit) for begin, end in shares(columns // unit, parts)]
+    """(begin, end) columns of each part, in whole units; the last unit may be short."""
+    units = shares(-(-columns // unit), parts)
+    return [(begin * unit, min(end * unit, columns)) for begin, end in units]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import struct
 import time
 import warnings
 from collections.abc import Callable
-from math import prod
 
 import torch
 from torch import Tensor
@@ -41,10 +40,19 @@ class Arena:
         self.layout, self.memory = layout, memory
 
     def tensor(self, entry: Entry) -> Tensor:
-        """The entry's tensor, a view."""
-        nbytes = prod(entry.shape) * self.layout.dtype.itemsize
-        flat = self.memory[entry.offset : entry.offset + nbytes]
-        return flat.view(self.layout.dtype).view(entry.shape)
+        """The tensor of a plain entry, a view."""
+        return self.bytes_of(entry).view(self.layout.dtype).view(entry.shape)
+
+    def bytes_of(self, entry: Entry) -> Tensor:
+        """An entry's memory: uint8, a view."""
+        return self.memory[entry.offset : entry.offset + entry.nbytes]
+
+    def matrix(self, entry: Entry) -> Weight:
+        """The weight of a linear entry, a view."""
+        if self.layout.packing is None or not entry.kind:
+            return PlainWeight(self.tensor(entry))
+        rows, columns = entry.shape
+        return self.layout.packing.weight(self.bytes_of(entry), rows, columns, entry.kind)
 
     def tensors(self, tp_rank: int) -> dict[str, Tensor]:
         """name -> view of tables, norms and biases, for one TP rank."""
@@ -52,10 +60,7 @@ class Arena:
 
     def matrices(self, tp_rank: int) -> dict[str, Weight]:
         """name -> view of the weights of linear layers, for one TP rank."""
-        return {
-            name: PlainWeight(self.tensor(entry))
-            for name, entry in self.layout.of(tp_rank, linear=True)
-        }
+        return {name: self.matrix(entry) for name, entry in self.layout.of(tp_rank, linear=True)}
 
 
 def private_arena(layout: Layout, fill: Callable[[Arena], None]) -> Arena:

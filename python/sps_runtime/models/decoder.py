@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.layers.attention import Attention
-from sps_runtime.layers.linear import Embedding, LanguageModelHead
+from sps_runtime.layers.linear import Embedding
 from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
 from sps_runtime.layers.step import LinearPlacement, StepContext
@@ -51,7 +51,7 @@ class Decoder:
         self.rope = weights.rope()
         self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
         self.norm = weights.norm("norm")
-        self.head = LanguageModelHead(weights.matrices["head"], config.vocab_size)
+        self.head = weights.head()
 
     def attention(self, weights: Weights, layer: int) -> Attention:
         """The attention of one layer."""

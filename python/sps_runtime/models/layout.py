@@ -2,7 +2,9 @@
 
 Each TP rank's slice is contiguous, with q, k, v adjacent and gate, up adjacent, so that a rank that
 uses its slice whole multiplies by them in one call. Weights that all TP ranks need alike (norms,
-the embedding) lie there once; a tied head is a view of the embedding.
+the embedding) lie there once. Weights of linear layers are packed where kernels are there to
+multiply by them (`ops.packing`) and no SP rank's share would cut a panel; all others are plain. A
+tied head is a view of the embedding, or packed beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.distributed.mesh import shares
+from sps_runtime.ops.packing import GROUP, Packing
+from sps_runtime.ops.weight import PANEL_ROWS, column_step
 
 ALIGNMENT = 64
 Bounds = tuple[int, int]
@@ -51,24 +55,31 @@ class Entry:
 
     Attributes:
         linear: whether it is the weight of a linear layer.
+        kind: what it is packed as; "" is plain.
     """
 
     offset: int
+    nbytes: int
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     linear: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Attributes:
     entries: (TP rank, name) -> entry; equal entries are the same memory.
+    unit: columns of the MLP's inner activation, and of the logits, that SP ranks do not part.
+    packing: how packed entries are packed; None where all are plain.
     """
 
     tp_size: int
     dtype: torch.dtype
     nbytes: int
     entries: dict[tuple[int, str], Entry]
+    unit: int
+    packing: Packing | None = None
 
     def of(self, tp_rank: int, *, linear: bool) -> Iterator[tuple[str, Entry]]:
         """One TP rank's (name, entry): weights of linear layers, or all others."""
@@ -84,11 +95,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight of the model: `sources` are concatenated after each is cut as `cut` says."""
+    """A weight of the model: `sources` are concatenated after each is cut as `cut` says.
+
+    Attributes:
+        unit: of a linear weight, columns (where they are cut, else rows) that SP ranks do not part.
+    """
 
     name: str
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     cut: Literal["none", "rows", "kv_rows", "columns", "vocab"] | tuple[str, ...] = "none"
+    unit: int = 0
 
     @property
     def linear(self) -> bool:
@@ -96,30 +112,62 @@ class _Weight:
         return len(self.sources[0][1]) == 2 and self.name != "embed"
 
 
-def plan_layout(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> Layout:
-    """Plan the memory of `config`'s weights for `tp_size` ranks (`config.model.check_degrees`)."""
+def plan_layout(
+    config: ModelConfig, tp_size: int, dtype: torch.dtype, packing: Packing | None = None
+) -> Layout:
+    """Plan the memory of `config`'s weights for `tp_size` ranks (`config.model.check_degrees`).
+
+    Args:
+        packing: how linear weights are packed, None to have all plain.
+    """
     entries: dict[tuple[int, str], Entry] = {}
+    unit = PANEL_ROWS if packing is None else packing.unit
+    tied_view = config.tie_word_embeddings and packing is None
     end = 0
 
     def place(weight: _Weight, rank: int) -> Entry:
         nonlocal end
         parts = _parts(config, weight, tp_size, rank)
-        rows = sum(part.shape[0] for part in parts)
-        shape = (rows, *parts[0].shape[1:])
-        entry = Entry(-(-end // ALIGNMENT) * ALIGNMENT, shape, parts, weight.linear)
-        end = entry.offset + prod(shape) * dtype.itemsize
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        kind, nbytes = "", prod(shape) * dtype.itemsize
+        if packing is not None and weight.linear:
+            kind = _packed_kind(weight, parts, packing, dtype)
+        if packing is not None and kind:
+            nbytes = packing.nbytes(*shape, kind)
+        entry = Entry(_aligned(end), nbytes, shape, parts, weight.linear, kind)
+        end = entry.offset + nbytes
         return entry
 
-    for weight in _weights(config):
+    for weight in _weights(config, unit):
+        if weight.name == "head" and tied_view:
+            continue
         if weight.cut == "none":
             entry = place(weight, 0)
             entries.update({(rank, weight.name): entry for rank in range(tp_size)})
             continue
         for rank in range(tp_size):
             entries[rank, weight.name] = place(weight, rank)
-    if config.tie_word_embeddings:
+    if tied_view:
         entries.update(_tied_head(config, entries[0, "embed"], tp_size, dtype))
-    return Layout(tp_size, dtype, end, entries)
+    return Layout(tp_size, dtype, end, entries, unit, packing)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _packed_kind(
+    weight: _Weight, parts: tuple[Part, ...], packing: Packing, dtype: torch.dtype
+) -> str:
+    """What to pack a linear weight as: "" where its parts, or SP ranks' shares of it, would not
+    lie in panels of their own."""
+    kind = packing.kind(dtype, weight.name)
+    if parts[0].dim == 1:
+        fits = weight.unit % column_step(kind, GROUP) == 0
+    else:
+        whole_parts = all(part.shape[0] % PANEL_ROWS == 0 for part in parts[:-1])
+        fits = whole_parts and weight.unit % PANEL_ROWS == 0
+    return kind if fits else ""
 
 
 def _tied_head(
@@ -129,7 +177,8 @@ def _tied_head(
     row_bytes = config.hidden_size * dtype.itemsize
     for rank, (begin, end) in enumerate(shares(config.vocab_size, tp_size)):
         shape = (end - begin, config.hidden_size)
-        yield (rank, "head"), Entry(embed.offset + begin * row_bytes, shape, (), linear=True)
+        offset, nbytes = embed.offset + begin * row_bytes, (end - begin) * row_bytes
+        yield (rank, "head"), Entry(offset, nbytes, shape, (), linear=True)
 
 
 def _parts(config: ModelConfig, weight: _Weight, tp_size: int, rank: int) -> tuple[Part, ...]:
@@ -155,18 +204,19 @@ def _bounds(config: ModelConfig, cut: str, size: int, tp_size: int, rank: int) -
     return rank * share, (rank + 1) * share
 
 
-def _weights(config: ModelConfig) -> Iterator[_Weight]:
+def _weights(config: ModelConfig, unit: int) -> Iterator[_Weight]:
     """All weights in the order in which they lie, under the names of Hugging Face checkpoints."""
     vocab, hidden = config.vocab_size, config.hidden_size
-    yield _Weight("embed", (("model.embed_tokens.weight", (vocab, hidden)),))
+    table = "model.embed_tokens.weight"
+    head = table if config.tie_word_embeddings else "lm_head.weight"
+    yield _Weight("embed", ((table, (vocab, hidden)),))
     for layer in range(config.num_layers):
-        yield from _layer_weights(config, layer)
+        yield from _layer_weights(config, layer, unit)
     yield _Weight("norm", (("model.norm.weight", (hidden,)),))
-    if not config.tie_word_embeddings:
-        yield _Weight("head", (("lm_head.weight", (vocab, hidden)),), "vocab")
+    yield _Weight("head", ((head, (vocab, hidden)),), "vocab", unit)
 
 
-def _layer_weights(config: ModelConfig, layer: int) -> Iterator[_Weight]:
+def _layer_weights(config: ModelConfig, layer: int, unit: int) -> Iterator[_Weight]:
     ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * dim, config.num_kv_heads * dim
@@ -179,24 +229,31 @@ def _layer_weights(config: ModelConfig, layer: int) -> Iterator[_Weight]:
         return _Weight(f"{ours}.{name}", ((f"{theirs}.{source}", (size,)),))
 
     def stacked(
-        name: str, block: str, parts: tuple[tuple[str, int], ...], cut: tuple[str, ...], bias: bool
-    ) -> Iterator[_Weight]:
-        weights = tuple((f"{block}.{part}.weight", (size, hidden)) for part, size in parts)
-        yield _Weight(f"{ours}.{name}", weights, cut)
-        if bias:
-            biases = tuple((f"{block}.{part}.bias", (size,)) for part, size in parts)
-            yield _Weight(f"{ours}.{name}_bias", biases, cut)
+        name: str, block: str, parts: tuple[tuple[str, int], ...], cut: tuple[str, ...], unit: int
+    ) -> _Weight:
+        sources = tuple((f"{block}.{part}.weight", (size, hidden)) for part, size in parts)
+        return _Weight(f"{ours}.{name}", sources, cut, unit)
+
+    def biases(name: str, weight: _Weight) -> _Weight:
+        sources = tuple((f"{s.removesuffix('weight')}bias", shape[:1]) for s, shape in weight.sources)
+        return _Weight(f"{ours}.{name}", sources, weight.cut)
 
     yield vector("attention_norm", "input_layernorm.weight", hidden)
-    yield from stacked("qkv", attention, qkv, qkv_cut, config.qkv_bias)
+    fused = stacked("qkv", attention, qkv, qkv_cut, dim)
+    yield fused
+    if config.qkv_bias:
+        yield biases("qkv_bias", fused)
     if config.qk_norm:
         yield vector("q_norm", "self_attn.q_norm.weight", dim)
         yield vector("k_norm", "self_attn.k_norm.weight", dim)
-    yield _Weight(f"{ours}.output", ((f"{attention}.o_proj.weight", (hidden, q)),), "columns")
+    yield _Weight(f"{ours}.output", ((f"{attention}.o_proj.weight", (hidden, q)),), "columns", dim)
     if config.output_bias:
         yield vector("output_bias", "self_attn.o_proj.bias", hidden)
     yield vector("mlp_norm", "post_attention_layernorm.weight", hidden)
-    yield from stacked("gate_up", mlp, gate_up, ("rows", "rows"), config.mlp_bias)
-    yield _Weight(f"{ours}.down", ((f"{mlp}.down_proj.weight", (hidden, inner)),), "columns")
+    fused = stacked("gate_up", mlp, gate_up, ("rows", "rows"), unit)
+    yield fused
+    if config.mlp_bias:
+        yield biases("gate_up_bias", fused)
+    yield _Weight(f"{ours}.down", ((f"{mlp}.down_proj.weight", (hidden, inner)),), "columns", unit)
     if config.mlp_bias:
         yield vector("down_bias", "mlp.down_proj.bias", hidden)

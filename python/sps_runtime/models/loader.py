@@ -17,6 +17,7 @@ from sps_runtime.models.arena import (
 )
 from sps_runtime.models.checkpoint import RandomWeights, SafetensorsCheckpoint, TensorSource
 from sps_runtime.models.decoder import Decoder
+from sps_runtime.models.fill import fill as fill_arena
 from sps_runtime.models.layout import plan_layout
 from sps_runtime.models.registry import model_class
 from sps_runtime.models.weights import Weights
@@ -66,7 +67,7 @@ def load_weights(config: ModelConfig, spec: LoadSpec, shared: SharedWeights | No
     layout = plan_layout(config, spec.tp_size, dtype)
 
     def fill(arena: Arena) -> None:
-        _fill(arena, _source(spec))
+        fill_arena(arena, _source(spec))
 
     if shared is None:
         return private_arena(layout, fill)
@@ -91,7 +92,7 @@ def build_model(
     if torch.device(device).type != "cpu":
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         matrices = {name: weight.to(device) for name, weight in matrices.items()}
-    weights = Weights(config, arena.layout.tp_size, tensors, matrices, ops)
+    weights = Weights(config, arena.layout.tp_size, tensors, matrices, arena.layout.unit, ops)
     return model_class(config.architecture)(weights)
 
 
@@ -111,20 +112,3 @@ def _source(spec: LoadSpec) -> TensorSource:
     if spec.load_format == "dummy":
         return RandomWeights(spec.seed)
     return SafetensorsCheckpoint(spec.directory)
-
-
-def _fill(arena: Arena, source: TensorSource) -> None:
-    """Copy every part to its place, converting to the arena's dtype."""
-    filled: set[int] = set()
-    for entry in arena.layout.entries.values():
-        if entry.offset in filled:
-            continue
-        filled.add(entry.offset)
-        row, target = 0, arena.tensor(entry)
-        for part in entry.parts:
-            rows = part.shape[0]
-            tensor = source.read(part.source, part.source_shape)
-            target[row : row + rows].copy_(
-                tensor.narrow(part.dim, part.begin, part.end - part.begin)
-            )
-            row += rows

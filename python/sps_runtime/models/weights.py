@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sps_runtime.config.model import ModelConfig
-from sps_runtime.layers.linear import ColumnLinear, RowLinear
+from sps_runtime.layers.linear import ColumnLinear, LanguageModelHead, RowLinear
 from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
 from sps_runtime.layers.rope import RotaryEmbedding
@@ -25,6 +25,7 @@ class Weights:
         tp_size: TP ranks that the weights are cut for.
         tensors: name -> table, norm or bias; what a model lacks (biases) is absent.
         matrices: name -> what a linear layer multiplies by.
+        unit: columns of the MLP's inner activation, and of the logits, that SP ranks do not part.
         ops: what the layers compute with.
     """
 
@@ -32,6 +33,7 @@ class Weights:
     tp_size: int
     tensors: Mapping[str, Tensor]
     matrices: Mapping[str, Weight]
+    unit: int
     ops: Operators = TORCH
 
     def rope(self) -> RotaryEmbedding:
@@ -53,13 +55,17 @@ class Weights:
         bias = self.tensors.get(f"{name}_bias")
         return RowLinear(self.matrices[name], bias, unit=self.config.head_dim)
 
+    def head(self) -> LanguageModelHead:
+        return LanguageModelHead(self.matrices["head"], self.config.vocab_size, self.unit)
+
     def mlp(self, layer: int) -> GatedMLP:
         return GatedMLP(self._gate_up(layer), self._down(layer), self.ops)
 
     def _gate_up(self, layer: int) -> ColumnLinear:
         name, size = f"layers.{layer}.gate_up", self.config.intermediate_size // self.tp_size
-        return ColumnLinear(self.matrices[name], self.tensors.get(f"{name}_bias"), (size, size))
+        bias = self.tensors.get(f"{name}_bias")
+        return ColumnLinear(self.matrices[name], bias, (size, size), self.unit)
 
     def _down(self, layer: int) -> RowLinear:
         name = f"layers.{layer}.down"
-        return RowLinear(self.matrices[name], self.tensors.get(f"{name}_bias"))
+        return RowLinear(self.matrices[name], self.tensors.get(f"{name}_bias"), self.unit)
