@@ -51,17 +51,17 @@ def test_the_reference_follows_transformers(kind: str) -> None:
 )
 def test_cell(index: int, cell: tuple) -> None:
     sp, tp, strategy, arch, page_size = cell
-    kind = MODELS[index % len(MODELS)]
+    kind, ops = MODELS[index % len(MODELS)], "torch" if index % 5 == 4 else "auto"
     model, pages = exact_model(kind), TIGHT_PAGES[page_size]
     engine = ThreadEngine(
         model.config,
-        model.arena(tp),
+        model.arena(tp, ops=ops),
         sp=sp,
         tp=tp,
         arch=arch,
         page_size=page_size,
         pages_per_rank=pages,
-        ops=choose_ops("torch" if index % 5 == 4 else "auto"),
+        ops=choose_ops(ops),
     )
     shape = Shape(
         sp,

@@ -150,7 +150,7 @@ def test_killed_early_leaves_nothing(model: Path, after_s: float, number: int) -
         (["--model-path", "/no/such/model"], "does not exist"),
         (["--tp-size", "3"], "tp_size 3 does not divide"),
         (["--sp-size", "0"], "sp_size must be at least 1"),
-        (["--quantization", "fp8"], "--quantization fp8 is not supported"),
+        (["--quantization", "fp8"], "invalid choice: 'fp8'"),
         (["--host", "0.0.0.0"], "--allow-unauthenticated"),
         (["--policy", "no-such-policy"], "no-such-policy"),
     ],

@@ -62,31 +62,36 @@ def test_fp32_logits_follow_transformers(case: str, ops: Operators, tmp_path: Pa
 
 
 @pytest.mark.parametrize("case", ["mistral-window", "qwen3", "llama3"])
-def test_chunks_and_single_tokens_compute_the_same(case: str, tmp_path: Path) -> None:
+def test_chunks_and_single_tokens_compute_the_same(
+    case: str, ops: Operators, tmp_path: Path
+) -> None:
     _, config, spec = saved(case, tmp_path)
-    model, tokens = load_model(config, spec), prompt(LENGTH)
-    whole = logits_of(model, tokens)
-    chunked = logits_of(model, tokens, [17, 1, 40, 1, 1, 1])
+    model, tokens = load_model(config, spec, ops=ops), prompt(LENGTH)
+    whole = logits_of(model, tokens, None, plain(ops))
+    chunked = logits_of(model, tokens, [17, 1, 40, 1, 1, 1], plain(ops))
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
-def test_weights_that_are_cut_compute_the_same_as_fused_ones(case: str, tmp_path: Path) -> None:
+def test_weights_that_are_cut_compute_the_same_as_fused_ones(
+    case: str, ops: Operators, tmp_path: Path
+) -> None:
     _, config, spec = saved(case, tmp_path)
-    model, tokens = load_model(config, spec), prompt(LENGTH)
-    cut = logits_of(model, tokens, make_placement=lambda: PlainPlacement(whole=False))
-    torch.testing.assert_close(cut, logits_of(model, tokens), atol=1e-5, rtol=1e-5)
+    model, tokens = load_model(config, spec, ops=ops), prompt(LENGTH)
+    cut = logits_of(model, tokens, make_placement=lambda: PlainPlacement(False, ops))
+    whole = logits_of(model, tokens, None, plain(ops))
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
 @pytest.mark.parametrize("case", ["llama2-tied", "llama-biases", "qwen2", "qwen3"])
-def test_tp_slices_add_up(case: str, tp_size: int, tmp_path: Path) -> None:
+def test_tp_slices_add_up(case: str, tp_size: int, ops: Operators, tmp_path: Path) -> None:
     """2 KV heads: at tp 4 and 8 each is on several ranks; the vocabulary of 259 never divides."""
     reference, config, spec = saved(case, tmp_path)
     tokens = prompt(LENGTH)
-    arena = load_weights(config, LoadSpec(spec.directory, tp_size=tp_size))
-    models = [build_model(config, arena, rank) for rank in range(tp_size)]
-    for logits in tp_logits_of(models, tokens):
+    arena = load_weights(config, LoadSpec(spec.directory, tp_size=tp_size), ops=ops)
+    models = [build_model(config, arena, rank, ops=ops) for rank in range(tp_size)]
+    for logits in tp_logits_of(models, tokens, ops):
         torch.testing.assert_close(
             logits, reference_logits(reference, tokens), atol=1e-5, rtol=1e-5
         )

@@ -102,9 +102,10 @@ def test_a_block_on_a_group_is_the_block_on_one_rank(
         assert all(torch.equal(y, results[0][0][0]) for (y, _), _ in results)
 
 
-def test_columns_that_are_no_whole_units_are_refused() -> None:
-    with pytest.raises(ValueError, match="units of 4"):
-        unit_shares(10, 4, 2)
+def test_shares_are_whole_units_but_for_the_end() -> None:
+    assert unit_shares(12, 3, 2) == [(0, 6), (6, 12)]
+    assert unit_shares(10, 4, 2) == [(0, 8), (8, 10)]
+    assert unit_shares(10, 4, 4) == [(0, 4), (4, 8), (8, 10), (10, 10)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,6 +22,8 @@ class EngineConfig:
     dtype: of weights and activations; ``auto`` takes the checkpoint's where this device has it.
     device: ``echo`` runs no model at all: ranks that store (token, position) as "KV" and answer
         with hashes of what they read back through the page tables. For tests.
+    quantization: ``int8`` or ``int4`` rounds the weights of linear layers when they are loaded.
+    weight_cache_dir: where packed weights are kept for the next start; "": nowhere.
     load_format: ``auto`` or ``safetensors`` reads weights, ``dummy`` makes random ones.
     context_length: longest prompt plus answer.
     threads_per_rank: compute threads of one rank.
@@ -40,6 +42,8 @@ class EngineConfig:
     dtype: DType = "auto"
     device: Device = "cpu"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    quantization: Literal["none", "int8", "int4"] = "none"
+    weight_cache_dir: str = ""
     context_length: int = 32768
     threads_per_rank: int = 1
     cores: tuple[tuple[int, ...], ...] = ()

@@ -2,7 +2,7 @@
 
 SPS_API_KEY, SPS_ADMIN_API_KEY: keys (several: separated by commas), as ``--api-key`` and
 ``--admin-api-key`` but invisible in the process list. SPS_DIST_KEY: the secret that hosts of one
-engine share, as ``--dist-key-file``.
+engine share, as ``--dist-key-file``. XDG_CACHE_HOME, HOME: where packed weights are kept.
 
 Child processes get this process's variables and those that libraries read when they start
 (`rank_environment`, `service_environment`). What the user set stays.
@@ -91,6 +91,25 @@ def read_key_file(path: str) -> list[str]:
 def hash_keys(keys: Iterable[str]) -> tuple[str, ...]:
     """SHA-256 of each key, in hex: what processes hand on instead of keys."""
     return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+
+
+def weight_cache_dir(wish: str) -> str:
+    """The directory of packed weights; "" for none.
+
+    Args:
+        wish: ``auto``, ``none`` or a directory.
+    """
+    if wish == "none":
+        return ""
+    if wish != "auto":
+        return str(Path(wish).absolute())
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # the XDG specification: others are invalid
+        home = os.environ.get("HOME", "")
+        if not os.path.isabs(home):
+            return ""
+        caches = os.path.join(home, ".cache")
+    return os.path.join(caches, "sps-runtime", "weights")
 
 
 def _keys(name: str) -> list[str]:

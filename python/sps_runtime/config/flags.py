@@ -136,6 +136,17 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--tokenizer-path", default="", help="directory of tokenizer.json, if another")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32", *_DTYPES])
     add("--load-format", default="auto", choices=["auto", "safetensors", "dummy"])
+    add(
+        "--quantization",
+        default="none",
+        choices=["none", "int8", "int4"],
+        help="round weights of linear layers when loading, in groups of 64 (int4: head in int8)",
+    )
+    add(
+        "--weight-cache-dir",
+        default="auto",
+        help="where packed weights are kept for the next start; auto: the user's cache; or none",
+    )
     add("--context-length", type=int, help="longest prompt plus answer; the model's unless told")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "echo"], help=_ECHO_HELP)
     add("--attention-backend", default="auto", choices=["auto", "sps_kernel", "torch"])
@@ -236,6 +247,8 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         dtype=dtype,
         device=parsed.device,
         load_format=parsed.load_format,
+        quantization=parsed.quantization,
+        weight_cache_dir=parsed.weight_cache_dir,
         context_length=parsed.context_length,
         page_size=parsed.page_size,
         max_total_tokens=parsed.max_total_tokens,

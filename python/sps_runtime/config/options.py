@@ -22,6 +22,7 @@ class EngineOptions:
     """Attributes are those of `EngineConfig` where they have the same name; the others:
 
     Attributes:
+        weight_cache_dir: ``auto`` is a directory of the user's, ``none`` keeps nothing.
         max_total_tokens: tokens of KV over all ranks.
         pages_per_rank: the same, told in pages of one SP rank.
         mem_fraction_static: share of this host's free memory for KV (SGLang's name).
@@ -36,6 +37,8 @@ class EngineOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: DeviceChoice = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    quantization: Literal["none", "int8", "int4"] = "none"
+    weight_cache_dir: str = "auto"
     context_length: int | None = None
     page_size: int | None = None
     max_total_tokens: int | None = None
@@ -69,6 +72,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.quantization not in ("none", "int8", "int4"):
+            raise ConfigError(f"quantization {self.quantization!r} is none of none, int8, int4")
         share = self.mem_fraction_static
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"mem_fraction_static must lie between 0 and 1, not {share}")

@@ -34,9 +34,8 @@ _NO_PD = Refusal("prefill and decode run on the same ranks", ("null", "none"))
 _DENSE_ONLY = Refusal("mixture-of-experts models are not supported", ("1",))
 
 REFUSED: Mapping[str, Refusal] = {
-    "quantization": Refusal("weights are bfloat16 or float32", ("none",)),
-    "torchao-config": Refusal("weights are bfloat16 or float32", ("",)),
-    "quantization-param-path": Refusal("weights are bfloat16 or float32"),
+    "torchao-config": Refusal("use --quantization int8 or int4", ("",)),
+    "quantization-param-path": Refusal("scales are computed when loading"),
     "dp-size": _ONE_ENGINE,
     "data-parallel-size": _ONE_ENGINE,
     "enable-dp-attention": _ONE_ENGINE,

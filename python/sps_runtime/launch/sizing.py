@@ -8,6 +8,7 @@ from typing import Literal
 
 from sps_runtime.config.cache import CacheConfig
 from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.environment import weight_cache_dir
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.kvcache.eviction import make_eviction
@@ -46,6 +47,8 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         dtype="bfloat16" if dtype == "bfloat16" else "float32",
         device=_device(options),
         load_format=options.load_format,
+        quantization=options.quantization,
+        weight_cache_dir=weight_cache_dir(options.weight_cache_dir),
         context_length=options.context_length or model.context_length,
         threads_per_rank=binding.threads,
         cores=binding.ranks,

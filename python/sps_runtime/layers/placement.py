@@ -53,7 +53,7 @@ class GroupLinks:
 def unit_shares(columns: int, unit: int, parts: int) -> list[tuple[int, int]]:
     """(begin, end) columns of each part, in whole units; the last unit may be short."""
     units = shares(-(-columns // unit), parts)
-    return [(begin * unit, min(end * unit, columns)) for begin, end in units]
+    return [(min(begin * unit, columns), min(end * unit, columns)) for begin, end in units]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Protocol
 from zlib import crc32
@@ -25,6 +27,10 @@ class TensorSource(Protocol):
         Raises:
             ConfigError: when it is missing, or of another shape.
         """
+        ...
+
+    def identity(self) -> str:
+        """What differs when the tensors do, without reading them all."""
         ...
 
 
@@ -54,6 +60,12 @@ class SafetensorsCheckpoint:
         if not tensor.is_floating_point():
             raise ConfigError(f"{self.directory}: tensor {name} is {tensor.dtype}: quantized?")
         return tensor
+
+    def identity(self) -> str:
+        """Each file's name, size, times and a sample of its bytes: times alone are equal in two
+        checkpoints unpacked from archives, sizes in a model and its fine-tuned brother."""
+        files = sorted(set(self._file_of.values()))
+        return repr([(name, *_file_identity(self.directory / name)) for name in files])
 
     def _files_of_index(self) -> dict[str, str]:
         path = self.directory / INDEX
@@ -85,6 +97,19 @@ class SafetensorsCheckpoint:
         return self._open[name]
 
 
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def _file_identity(path: Path) -> tuple[int, int, int, str]:
+    """Size, times of change in ns, and a digest of pieces of the content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        for index in range(SAMPLES):
+            digest.update(os.pread(file.fileno(), SAMPLE_BYTES, status.st_size * index // SAMPLES))
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest.hexdigest()
+
+
 class RandomWeights:
     """Weights drawn from a seed (``--load-format dummy``), each by its name alone.
 
@@ -99,3 +124,6 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{name}".encode()))
         values = torch.empty(shape).normal_(0.0, self.deviation, generator=generator)
         return values.add_(1.0) if "norm" in name else values
+
+    def identity(self) -> str:
+        return f"random {self.seed} {self.deviation} torch {torch.__version__}"

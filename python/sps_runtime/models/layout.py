@@ -235,7 +235,9 @@ def _layer_weights(config: ModelConfig, layer: int, unit: int) -> Iterator[_Weig
         return _Weight(f"{ours}.{name}", sources, cut, unit)
 
     def biases(name: str, weight: _Weight) -> _Weight:
-        sources = tuple((f"{s.removesuffix('weight')}bias", shape[:1]) for s, shape in weight.sources)
+        sources = tuple(
+            (f"{s.removesuffix('weight')}bias", shape[:1]) for s, shape in weight.sources
+        )
         return _Weight(f"{ours}.{name}", sources, weight.cut)
 
     yield vector("attention_norm", "input_layernorm.weight", hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,17 +12,24 @@ import torch
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.models.arena import (
     Arena,
+    announce_cached,
     create_shared_arena,
+    first_rank,
     open_shared_arena,
     private_arena,
 )
 from sps_runtime.models.checkpoint import RandomWeights, SafetensorsCheckpoint, TensorSource
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.fill import fill as fill_arena
-from sps_runtime.models.layout import plan_layout
+from sps_runtime.models.layout import Layout, plan_layout
 from sps_runtime.models.registry import model_class
+from sps_runtime.models.weight_cache import WeightCache, cache_key, keep_in_background
 from sps_runtime.models.weights import Weights
 from sps_runtime.ops.operators import TORCH, Operators
+from sps_runtime.ops.packing import Quantization
+from sps_runtime.types.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
@@ -35,6 +43,9 @@ class LoadSpec:
         dtype: ``auto``, ``bfloat16`` or ``float32``.
         load_format: ``dummy`` draws weights from `seed` and needs only the configuration.
         tp_size: TP ranks that the weights are cut for.
+        quantization: ``int8`` and ``int4`` need operators that pack.
+        cache_dir: where packed weights are kept for the next start; None: nowhere.
+        cache_from_bytes: smaller weights are packed as fast as a file is found.
     """
 
     directory: Path
@@ -42,6 +53,9 @@ class LoadSpec:
     load_format: LoadFormat = "auto"
     seed: int = 0
     tp_size: int = 1
+    quantization: Quantization = "none"
+    cache_dir: Path | None = None
+    cache_from_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -57,23 +71,41 @@ class SharedWeights:
     first: bool
 
 
-def load_weights(config: ModelConfig, spec: LoadSpec, shared: SharedWeights | None = None) -> Arena:
+def load_weights(
+    config: ModelConfig,
+    spec: LoadSpec,
+    shared: SharedWeights | None = None,
+    ops: Operators = TORCH,
+) -> Arena:
     """The weights of all TP ranks, in shared memory or, without `shared`, in private memory.
+
+    Args:
+        ops: what will multiply by them: weights are packed as it wants them.
 
     Raises:
         ConfigError: when the checkpoint is missing, broken, or not what config.json says.
     """
-    dtype: torch.dtype = getattr(torch, config.resolve_dtype(spec.dtype))
-    layout = plan_layout(config, spec.tp_size, dtype)
+    layout = _plan(config, spec, ops)
 
     def fill(arena: Arena) -> None:
         fill_arena(arena, _source(spec))
 
     if shared is None:
         return private_arena(layout, fill)
-    if shared.first:
-        return create_shared_arena(layout, shared.fd, fill)
-    return open_shared_arena(layout, shared.fd)
+    if not shared.first:
+        return open_shared_arena(layout, shared.fd)
+    with first_rank(layout, shared.fd):
+        packing = layout.packing
+        if spec.cache_dir is None or packing is None or layout.nbytes < spec.cache_from_bytes:
+            return create_shared_arena(layout, shared.fd, fill)
+        cache = WeightCache(spec.cache_dir, packing.checksum)
+        key = cache_key(layout, packing, _source(spec).identity())
+        if found := cache.find(key, layout.nbytes):
+            logger.info("weights are mapped from %s", found.path)
+            return announce_cached(layout, shared.fd, found)
+        arena = create_shared_arena(layout, shared.fd, fill)
+        keep_in_background(cache, key, arena.memory, shared.fd)
+        return arena
 
 
 def build_model(
@@ -105,7 +137,19 @@ def load_model(
     ops: Operators = TORCH,
 ) -> Decoder:
     """`load_weights`, then `build_model`."""
-    return build_model(config, load_weights(config, spec, shared), tp_rank, device, ops)
+    return build_model(config, load_weights(config, spec, shared, ops), tp_rank, device, ops)
+
+
+def _plan(config: ModelConfig, spec: LoadSpec, ops: Operators) -> Layout:
+    dtype: torch.dtype = getattr(torch, config.resolve_dtype(spec.dtype))
+    packing = ops.packing(spec.quantization)
+    if spec.quantization != "none" and packing is None:
+        raise ConfigError(f"quantization {spec.quantization} needs sps_kernel (see `sps doctor`)")
+    layout = plan_layout(config, spec.tp_size, dtype, packing)
+    plain = sorted({name for name, entry in layout.of(0, linear=True) if not entry.kind})
+    if plain and spec.quantization != "none":
+        logger.warning("not quantized, shares would cut groups: %s", ", ".join(plain))
+    return layout
 
 
 def _source(spec: LoadSpec) -> TensorSource:

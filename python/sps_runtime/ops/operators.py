@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sps_runtime.ops.elementwise import Elementwise, KernelElementwise, TorchElementwise
 from sps_runtime.ops.linear import kernel_linear
+from sps_runtime.ops.packing import Packing, Quantization
 from sps_runtime.ops.weight import PlainWeight, Weight
 
 
@@ -21,6 +22,10 @@ class Operators(Elementwise, Protocol):
     def linear(self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``: ``[tokens, N]``. Rows of `x` may lie apart; within a row
         elements are adjacent."""
+        ...
+
+    def packing(self, quantization: Quantization = "none") -> Packing | None:
+        """How weights are packed for `linear`; None: they stay plain, and are not quantized."""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -49,6 +54,9 @@ class TorchOperators(TorchElementwise):
         assert isinstance(weight_ND, PlainWeight), "other forms are loaded for other operators"
         return F.linear(x_TD, weight_ND.tensor_NK, bias_N)
 
+    def packing(self, quantization: Quantization = "none") -> Packing | None:
+        return None
+
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self.rms_norm(residual.add_(x), weight_D, eps)
 
@@ -69,7 +77,7 @@ TORCH = TorchOperators()
 
 
 class KernelOperators(KernelElementwise):
-    """`sps_kernel`'s, and torch's (oneDNN) for products of many rows.
+    """`sps_kernel`'s, and torch's (oneDNN) for products of many rows with plain weights.
 
     A decode step calls a dozen operators a layer on a few rows each, so what a call costs before it
     computes counts.
@@ -82,6 +90,9 @@ class KernelOperators(KernelElementwise):
         super().__init__(kernels, threads)
         self.linear = kernel_linear(kernels, threads)
         self._no_angles = torch.empty((1, 0), dtype=torch.float32)
+
+    def packing(self, quantization: Quantization = "none") -> Packing | None:
+        return Packing(self._kernels.packed, quantization, self._threads)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         self._kernels.rms_norm(x, weight_D, eps, residual=residual, out=x, threads=self._threads)

@@ -56,6 +56,10 @@ class Packing:
         """The weight that `pack` wrote."""
         return PackedWeight.whole(packed, n, k, kind, GROUP)
 
+    def checksum(self, memory: Tensor) -> int:
+        """CRC-32C of uint8 memory."""
+        return int(self.kernels.crc32c(memory, self.threads))
+
     def fingerprint(self, dtype: torch.dtype) -> bytes:
         """32 bytes that differ where kernels pack differently: how a small matrix is packed."""
         rows, columns = 19, 70

@@ -148,7 +148,13 @@ def _load(child: ChildContext[RankConfig], place: Place, ops: Operators) -> Deco
     engine = child.config.engine
     directory = Path(engine.model_path)
     spec = LoadSpec(
-        directory, engine.dtype, engine.load_format, engine.seed, engine.parallel.tp_size
+        directory,
+        engine.dtype,
+        engine.load_format,
+        engine.seed,
+        engine.parallel.tp_size,
+        engine.quantization,
+        Path(engine.weight_cache_dir) if engine.weight_cache_dir else None,
     )
     first = min(place.sp_peers_here().values()) - place.mesh.tp_rank
     shared = SharedWeights(child.fds["weights"], first=child.config.rank == first)

@@ -23,6 +23,7 @@ from transformers import (
 from sps_runtime.config.model import ModelConfig, load_model_config
 from sps_runtime.models.arena import Arena
 from sps_runtime.models.loader import LoadSpec, load_weights
+from sps_runtime.ops.dispatch import choose_ops
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
@@ -53,8 +54,10 @@ class ExactModel:
     _keep: TemporaryDirectory[str]
 
     @cache  # noqa: B019  (as many as kinds of models)
-    def arena(self, tp: int = 1, dtype: str = "float32") -> Arena:
-        return load_weights(self.config, LoadSpec(self.directory, dtype, tp_size=tp))
+    def arena(self, tp: int = 1, dtype: str = "float32", ops: str = "auto") -> Arena:
+        """Weights as the operators `ops` want them."""
+        spec = LoadSpec(self.directory, dtype, tp_size=tp)
+        return load_weights(self.config, spec, ops=choose_ops(ops).operators)
 
 
 @cache

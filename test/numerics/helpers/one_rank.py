@@ -29,11 +29,9 @@ class PlainPlacement(LinearPlacement):
     def column(
         self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
     ) -> Tensor:
-        assert weight_ND.shape[0] % unit == 0
         return self.ops.linear(x_TD, weight_ND, bias_N)
 
     def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
-        assert weight_DN.shape[1] % unit == 0
         return self.ops.linear(y_TN, weight_DN)
 
     def leave(self, x_TD: Tensor) -> Tensor:
@@ -69,8 +67,8 @@ class Meeting:
 class ThreadTPPlacement(PlainPlacement):
     """One TP rank among threads; every thread has all tokens."""
 
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        super().__init__()
+    def __init__(self, rank: int, meeting: Meeting, ops: Operators) -> None:
+        super().__init__(ops=ops)
         self.rank, self.meeting = rank, meeting
 
     def leave(self, x_TD: Tensor) -> Tensor:
@@ -138,14 +136,14 @@ def logits_of(
     return torch.cat(rows)
 
 
-def tp_logits_of(models: Sequence[Decoder], tokens: Sequence[int]) -> list[Tensor]:
+def tp_logits_of(models: Sequence[Decoder], tokens: Sequence[int], ops: Operators) -> list[Tensor]:
     """What each TP rank's model gives, all run together in threads."""
     meeting, results = Meeting(len(models)), [torch.empty(0)] * len(models)
 
     def run(rank: int) -> None:
         with torch.inference_mode():
             results[rank] = logits_of(
-                models[rank], tokens, make_placement=lambda: ThreadTPPlacement(rank, meeting)
+                models[rank], tokens, make_placement=lambda: ThreadTPPlacement(rank, meeting, ops)
             )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(models))]
