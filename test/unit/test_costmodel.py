@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.model import parse_model_config
+from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.costmodel.decode import interpolate, replicated_seconds
 from sps_runtime.costmodel.prefill import PrefillCost, fit
 from sps_runtime.costmodel.strategy import AttentionWork, ModelShape, cheapest, sent_bytes
-from sps_runtime.types.messages import LinkCost
+from sps_runtime.scheduler.process import measured_costs
+from sps_runtime.types.messages import DecodeCost, LinkCost, RankReady
 
 LLAMA_8B = ModelShape(
     layers=32, hidden=4096, q_heads=32, kv_heads=8, head_dim=128, linear_params=7_000_000_000
@@ -80,3 +87,67 @@ def test_decode_slices_weights_when_reading_them_dominates() -> None:
     slow_link = StepCosts(LLAMA_8B, LinkCost(1e-2, 1e11), 1e14)
     assert slow_link.decode_placement((1, 1)) == "sharded"
     assert costs.decode_placement((4,)) == "sharded"
+
+
+MEASURED = DecodeCost(
+    rows=(1, 2, 4, 8, 16),
+    sharded_s=(1e-3, 1e-3, 1.1e-3, 1.2e-3, 1.6e-3),
+    replicated_s=(0.7e-3, 0.8e-3, 0.9e-3, 1.2e-3, 1.8e-3),
+    ranks=2,
+)
+"""Slices are read in half the time and a sum costs 0.2 ms, more with more tokens."""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "placement"),
+    [
+        ((1, 0), "replicated"),
+        ((1, 1), "replicated"),
+        ((3, 4), "sharded"),  # 1.1 ms of 4 rows, 1.125 of 7
+        ((4, 4), "sharded"),
+        ((8, 0), "sharded"),  # 1.2 ms both
+        ((7, 0), "replicated"),
+        ((16, 16), "sharded"),
+        ((16,), "sharded"),
+    ],
+)
+def test_decode_goes_by_the_measured_table(tokens: tuple[int, ...], placement: str) -> None:
+    """Even where computed costs say otherwise."""
+    for link in (LinkCost(1e-9, 1e12), LinkCost(1.0, 1e6)):
+        costs = StepCosts(LLAMA_8B, link, 1e14, decode=MEASURED)
+        assert costs.decode_placement(tokens) == placement
+
+
+def test_fewer_ranks_than_measured_read_larger_slices() -> None:
+    four = DecodeCost((1, 2), (8e-3, 8e-3), (3e-3, 3e-3), ranks=4)  # 2 ms of reading, 1 of sums
+    assert replicated_seconds(four, 1, 4) == pytest.approx(3e-3)
+    assert replicated_seconds(four, 1, 2) == pytest.approx(5e-3)
+
+
+def test_between_and_beyond_measured_rows_costs_are_linear() -> None:
+    assert interpolate((1, 2, 4), (1.0, 2.0, 3.0), 3) == 2.5
+    assert interpolate((1, 2, 4), (1.0, 2.0, 3.0), 8) == 5.0
+    assert interpolate((1, 2, 4), (1.0, 2.0, 1.5), 8) == 1.5  # noise makes no row free
+    assert interpolate((2, 4), (1.0, 2.0), 1) == 1.0
+    assert interpolate((4,), (1.0,), 9) == 1.0
+
+
+def test_what_ranks_measured_reaches_the_schedulers_policies(tmp_path: Path) -> None:
+    model = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+    }
+    config = EngineConfig(model_path=str(tmp_path), parallel=ParallelConfig(sp_size=2))
+    for seconds, expected in ((1e-3, "replicated"), (3e-3, "sharded")):
+        table = DecodeCost((1, 16), (2e-3, 2e-3), (seconds, seconds), ranks=2)
+        ready = {
+            rank: RankReady(rank, 1, LinkCost(1e-5, 1e9), table, flops_per_s=1e9 + rank)
+            for rank in (0, 1)
+        }
+        costs = measured_costs(config, parse_model_config(model), ready)
+        assert costs.decode_placement((1, 1)) == expected
+        assert costs.flops_per_s == 1e9

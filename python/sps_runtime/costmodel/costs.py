@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sps_runtime.costmodel import decode as decode_table
 from sps_runtime.costmodel import strategy as attention
 from sps_runtime.costmodel.prefill import PrefillCost, Work
 from sps_runtime.costmodel.strategy import AttentionWork, ModelShape
-from sps_runtime.types.messages import LinkCost
+from sps_runtime.types.messages import DecodeCost, LinkCost
 from sps_runtime.types.plan import Placement, Strategy
 
 STEP_OVERHEAD_S = 1e-3
@@ -26,6 +27,8 @@ class StepCosts:
         prefill: fitted coefficients per degree; degrees without an entry are computed from
             `shape`, `link` and `flops_per_s`.
         memory_bytes_per_s: how fast a rank reads weights; the link's rate unless told.
+        decode: measured seconds of decode's linear layers; where it is empty they are computed
+            from `shape`, `link` and rates.
     """
 
     shape: ModelShape
@@ -33,6 +36,7 @@ class StepCosts:
     flops_per_s: float = UNMEASURED_FLOPS_PER_S
     memory_bytes_per_s: float = 0.0
     prefill: Mapping[int, PrefillCost] = field(default_factory=dict)
+    decode: DecodeCost = field(default_factory=DecodeCost)
 
     @property
     def in_place(self) -> bool:
@@ -59,6 +63,8 @@ class StepCosts:
         """
         if len(tokens) == 1:
             return "sharded"
+        if self.decode.rows:
+            return decode_table.cheapest(self.decode, tokens)
         shape, total, ranks = self.shape, sum(tokens), len(tokens)
         sharded = self._linear_seconds(max(tokens), 1.0)
         crossing = 2 * total * shape.hidden * LINEAR_SUM_BYTES * (ranks - 1) / ranks

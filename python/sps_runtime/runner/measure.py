@@ -3,29 +3,107 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from math import ceil
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator
-from sps_runtime.types.messages import LinkCost
+from sps_runtime.layers.linear import ColumnLinear
+from sps_runtime.layers.placement import GroupLinks, place
+from sps_runtime.layers.step import LinearPlacement
+from sps_runtime.models.decoder import Decoder, DecoderLayer
+from sps_runtime.ops.operators import Operators
+from sps_runtime.types.messages import DecodeCost, LinkCost
 
 SMALL_ROUNDS, LARGE_ROUNDS = 30, 4
 LARGE_BYTES = 4 << 20
-MATRIX = 1024
-MATRIX_SECONDS = 0.05
+FLOPS, LEAST_ROWS, MOST_ROWS = 5e9, 32, 512
+"""Of one product that is timed: enough rows to be bound by arithmetic."""
+DECODE_ROWS = (1, 2, 4, 8, 16)
+DECODE_BYTES = 64 << 20
+"""Weights of the layers that are timed in turn: more than caches hold."""
+DECODE_ROUNDS = 3
 
 
-def measure_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of this rank's matrix multiplication, in `dtype`."""
-    a = torch.randn(MATRIX // 2, MATRIX).to(dtype)
-    b = torch.randn(MATRIX, MATRIX).to(dtype)
-    torch.nn.functional.linear(a, b)
-    flops, began = 0, time.perf_counter()
-    while (took := time.perf_counter() - began) < MATRIX_SECONDS:
-        torch.nn.functional.linear(a, b)
-        flops += 2 * a.shape[0] * MATRIX * MATRIX
-    return flops / took
+@torch.inference_mode()
+def measure_flops(
+    gate_up: ColumnLinear, dtype: torch.dtype, links: GroupLinks, ops: Operators
+) -> float:
+    """Floating-point operations per second of a product with many rows of a layer's weights.
+
+    The best of three, by all ranks at once; nothing crosses.
+    """
+    outputs, inputs = gate_up.weight_ND.shape
+    rows = int(min(max(FLOPS / (2 * outputs * inputs), LEAST_ROWS), MOST_ROWS))
+    x_TD = torch.randn(rows, inputs).to(dtype)
+    linear = place("sharded", "ntp", links, (rows,), ops)
+    seconds = [_timed(lambda: gate_up(linear, x_TD)) for _ in range(DECODE_ROUNDS)]
+    return 2.0 * rows * outputs * inputs / min(seconds)
+
+
+@torch.inference_mode()
+def measure_decode(model: Decoder, links: GroupLinks, ops: Operators) -> DecodeCost:
+    """Seconds of a layer's linear part with few rows, in both placements; the worst rank's, on all.
+
+    A collective call. Layers are timed in turn, so that their weights come from memory. The head is
+    left out: it is one more layer of the same kind, and more than all of them to measure.
+
+    Args:
+        links: of the group of all SP ranks.
+    """
+    layers = model.layers[: _layers_to_time(model)]
+    sharded, replicated = [], []
+    for rows in DECODE_ROWS:
+        x_TD = torch.randn(rows, model.config.hidden_size).to(model.embedding.weight_VD.dtype)
+        members = (rows,) * links.sp.size
+        whole = place("sharded", "ntp", links, members, ops)
+        slices = place("replicated", "ntp", links, members, ops)
+        sharded.append(_layer_seconds(layers, x_TD, whole, links.world))
+        replicated.append(_layer_seconds(layers, x_TD, slices, links.world))
+    worst = _worst(links.world, [*sharded, *replicated])
+    count = len(DECODE_ROWS)
+    return DecodeCost(DECODE_ROWS, tuple(worst[:count]), tuple(worst[count:]), links.sp.size)
+
+
+def linear_part(layer: DecoderLayer, x_TD: Tensor, linear: LinearPlacement) -> Tensor:
+    """All of a layer that its placement decides; queries stand for what attention returns."""
+    attention, unit = layer.attention, layer.attention.head_dim
+    parts = attention.qkv(linear, linear.enter(x_TD))
+    q_TN, *_ = linear.to_tokens_each(parts, attention.qkv.sizes, unit)
+    update_TD = attention.output(linear, linear.to_columns(q_TN.contiguous(), unit))
+    return layer.mlp(linear, update_TD)
+
+
+def _layer_seconds(
+    layers: list[DecoderLayer], x_TD: Tensor, linear: LinearPlacement, world: Communicator
+) -> float:
+    def all_layers() -> None:
+        for layer in layers:
+            linear_part(layer, x_TD, linear)
+
+    seconds = []
+    for _ in range(DECODE_ROUNDS):
+        _worst(world, [0.0])  # all begin together
+        seconds.append(_timed(all_layers) / len(layers))
+    return min(seconds)
+
+
+def _layers_to_time(model: Decoder) -> int:
+    layer = model.layers[0]
+    weights = [layer.attention.qkv.weight_ND, layer.attention.output.weight_DN]
+    weights += [layer.mlp.gate_up.weight_ND, layer.mlp.down.weight_DN]
+    nbytes = sum(outputs * inputs for outputs, inputs in (weight.shape for weight in weights))
+    nbytes *= model.embedding.weight_VD.element_size()
+    return min(len(model.layers), ceil(DECODE_BYTES / nbytes))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def measure_link(sp: Communicator, world: Communicator, *, zero_copy: bool) -> LinkCost:
@@ -43,11 +121,16 @@ def measure_link(sp: Communicator, world: Communicator, *, zero_copy: bool) -> L
     latency = _time(sp, 8, SMALL_ROUNDS)
     large = _time(sp, LARGE_BYTES, LARGE_ROUNDS)
     rate = (sp.size - 1) * LARGE_BYTES / max(large - latency, 1e-9)
-    mine = torch.tensor([latency, rate], dtype=torch.float64)
+    latency, slowness = _worst(world, [latency, 1.0 / rate])
+    return LinkCost(latency, 1.0 / slowness, zero_copy)
+
+
+def _worst(world: Communicator, values: list[float]) -> list[float]:
+    """The largest of all ranks' values, one by one, on all ranks."""
+    mine = torch.tensor(values, dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(world.size)]
     world.exchange([mine] * world.size, everyone, "control")
-    table = torch.stack(everyone)
-    return LinkCost(float(table[:, 0].max()), float(table[:, 1].min()), zero_copy)
+    return torch.stack(everyone).amax(dim=0).tolist()
 
 
 def _time(sp: Communicator, nbytes: int, rounds: int) -> float:

@@ -16,17 +16,19 @@ import torch
 from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.config.model import load_model_config
+from sps_runtime.config.parallel import Arch
 from sps_runtime.config.process import RankConfig
 from sps_runtime.ipc.links import Receiver, Sender, new_context
 from sps_runtime.ipc.memory import map_memory
 from sps_runtime.ipc.process import ChildContext, child_context
+from sps_runtime.layers.placement import GroupLinks
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.operators import Operators
 from sps_runtime.runner.assembly import Place, open_means
 from sps_runtime.runner.links import open_links
-from sps_runtime.runner.measure import measure_flops, measure_link
+from sps_runtime.runner.measure import measure_decode, measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.runner.traced import trace_means, trace_operators
@@ -34,7 +36,7 @@ from sps_runtime.runner.warm_up import warm_up
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.telemetry.timeline import Timeline, open_timeline
 from sps_runtime.types.errors import ConfigError
-from sps_runtime.types.messages import FromRank, LinkCost, RankReady, StopEngine, ToRank
+from sps_runtime.types.messages import DecodeCost, FromRank, LinkCost, RankReady, StopEngine, ToRank
 from sps_runtime.types.plan import StepResult
 
 logger = logging.getLogger(__name__)
@@ -116,21 +118,34 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         rank=config.rank,
         pages=cache.pages_per_rank,
         link=_measure_link(means),
-        flops_per_s=measure_flops(dtype),
+        decode=_measure_decode(model, means, engine.parallel.arch),
+        flops_per_s=measure_flops(model.layers[0].mlp.gate_up, dtype, _all_links(means), means.ops),
         detail=detail,
     )
     logger.info("ready after %.1f s: %s", time.monotonic() - began, detail)
     return runner, ready
 
 
-def _measure_link(means: AttentionContext) -> LinkCost:
+def _all_links(means: AttentionContext) -> GroupLinks:
+    """The group of all ranks."""
     mesh, group = means.mesh, means.mailroom.group
-    everyone = tuple(range(mesh.sp_size))
-    return measure_link(
-        group(mesh.sp_peers(everyone)),
-        group(tuple(range(mesh.world_size))),
-        zero_copy=len(set(means.hosts)) == 1,
+    return GroupLinks(
+        sp=group(mesh.sp_peers(tuple(range(mesh.sp_size)))),
+        tp=group(mesh.tp_peers()),
+        world=group(tuple(range(mesh.world_size))),
     )
+
+
+def _measure_link(means: AttentionContext) -> LinkCost:
+    links = _all_links(means)
+    return measure_link(links.sp, links.world, zero_copy=len(set(means.hosts)) == 1)
+
+
+def _measure_decode(model: Decoder, means: AttentionContext, arch: Arch) -> DecodeCost:
+    """Nothing where there is nothing to choose: one SP rank, or cut weights."""
+    if means.mesh.sp_size == 1 or arch == "tp":
+        return DecodeCost()
+    return measure_decode(model, _all_links(means), means.ops)
 
 
 def _choose_ops(name: str, threads: int) -> Ops:

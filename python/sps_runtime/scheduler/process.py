@@ -79,17 +79,25 @@ def make_scheduler(
     config: EngineConfig, model: ModelConfig, ready: Mapping[int, RankReady]
 ) -> Scheduler:
     """The scheduler of an engine whose ranks measured `ready`."""
-    costs = StepCosts(
-        shape=_model_shape(config, model),
-        link=ready[0].link,
-        flops_per_s=min(rank.flops_per_s for rank in ready.values()),
-    )
+    costs = measured_costs(config, model, ready)
     limits = ModelLimits(
         context_length=config.context_length,
         eos_ids=frozenset(model.eos_token_ids),
         vocab=model.vocab_size,
     )
     return Scheduler(config.scheduler, config.cache, config.parallel, limits, costs)
+
+
+def measured_costs(
+    config: EngineConfig, model: ModelConfig, ready: Mapping[int, RankReady]
+) -> StepCosts:
+    """What policies know of costs; the slowest rank's products, because all wait for it."""
+    return StepCosts(
+        shape=_model_shape(config, model),
+        link=ready[0].link,
+        flops_per_s=min(rank.flops_per_s for rank in ready.values()),
+        decode=ready[0].decode,
+    )
 
 
 def _model_shape(config: EngineConfig, model: ModelConfig) -> ModelShape:

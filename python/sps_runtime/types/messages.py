@@ -154,6 +154,23 @@ class LinkCost(msgspec.Struct, frozen=True):
     zero_copy: bool = False
 
 
+class DecodeCost(msgspec.Struct, frozen=True):
+    """Seconds of the linear part of one layer in a decode step, measured at start by all SP ranks
+    at once with the products and exchanges that they decode with.
+
+    Attributes:
+        rows: tokens, ascending; empty where nothing was measured.
+        sharded_s: every rank multiplies all its weights by that many tokens of its own.
+        replicated_s: every rank multiplies its slice by that many tokens of all, and the ranks sum.
+        ranks: SP ranks that measured.
+    """
+
+    rows: tuple[int, ...] = ()
+    sharded_s: tuple[float, ...] = ()
+    replicated_s: tuple[float, ...] = ()
+    ranks: int = 1
+
+
 class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
     """A rank is loaded and warm.
 
@@ -161,13 +178,15 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
         rank: global rank.
         pages: pages in its KV pool.
         link: measured between the ranks, the same on all.
-        flops_per_s: measured matrix multiplication rate of this rank in the model's dtype.
+        decode: measured between the ranks, the same on all.
+        flops_per_s: measured rate of this rank's products with many rows of a layer's weights.
         detail: what serves this rank, for logs and `sps doctor` (kernels, dtype, threads).
     """
 
     rank: int
     pages: int
     link: LinkCost = LinkCost()
+    decode: DecodeCost = DecodeCost()
     flops_per_s: float = 0.0
     detail: str = ""
 
