@@ -139,9 +139,13 @@ def test_what_ranks_measured_reaches_the_schedulers_policies(tmp_path: Path) -> 
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "bfloat16",
         "vocab_size": 256,
     }
-    config = EngineConfig(model_path=str(tmp_path), parallel=ParallelConfig(sp_size=2))
+    config = EngineConfig(
+        model_path=str(tmp_path), dtype="bfloat16", parallel=ParallelConfig(sp_size=2)
+    )
     for seconds, expected in ((1e-3, "replicated"), (3e-3, "sharded")):
         table = DecodeCost((1, 16), (2e-3, 2e-3), (seconds, seconds), ranks=2)
         ready = {
