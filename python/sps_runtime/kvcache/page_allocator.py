@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
@@ -30,6 +31,9 @@ class PageAllocator:
 
     Freed pages become free again through the fence: at once when no plan under way can touch
     them, else when the watermark passes the epoch they were freed with.
+
+    The lowest free slot goes first: a sequence's pages lie side by side where they can, which
+    memory reads faster than pages at random, and a pool touches no more memory than it must.
     """
 
     def __init__(self, ranks: int, pages_per_rank: int, fence: Fence) -> None:
@@ -37,9 +41,8 @@ class PageAllocator:
         self.pages_per_rank = pages_per_rank
         self._fence = fence
         self._states = bytearray(ranks * pages_per_rank)
-        self._free = [
-            list(range((rank + 1) * pages_per_rank - 1, rank * pages_per_rank - 1, -1))
-            for rank in range(ranks)
+        self._free = [  # a heap each; ascending is one
+            list(range(rank * pages_per_rank, (rank + 1) * pages_per_rank)) for rank in range(ranks)
         ]
         self._quarantine: dict[int, list[int]] = {}
         self._quarantined = [0] * ranks
@@ -69,7 +72,7 @@ class PageAllocator:
         for rank in set(ranks):
             if ranks.count(rank) > len(self._free[rank]):
                 raise OutOfPages(f"rank {rank} has {len(self._free[rank])} free pages")
-        pages = [self._free[rank].pop() for rank in ranks]
+        pages = [heapq.heappop(self._free[rank]) for rank in ranks]
         for page in pages:
             self._move(page, PageState.FREE, PageState.IN_USE)
         return pages
@@ -90,7 +93,7 @@ class PageAllocator:
             self._move(page, held, PageState.FREE if reusable else PageState.QUARANTINED)
             rank = page // self.pages_per_rank
             if reusable:
-                self._free[rank].append(page)
+                heapq.heappush(self._free[rank], page)
             else:
                 self._quarantine.setdefault(epoch, []).append(page)
                 self._quarantined[rank] += 1
@@ -101,7 +104,7 @@ class PageAllocator:
             for page in self._quarantine.pop(epoch):
                 self._move(page, PageState.QUARANTINED, PageState.FREE)
                 rank = page // self.pages_per_rank
-                self._free[rank].append(page)
+                heapq.heappush(self._free[rank], page)
                 self._quarantined[rank] -= 1
 
     def pages_in(self, state: PageState) -> set[int]:
