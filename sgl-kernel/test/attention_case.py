@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import kv_rows
 from reference import attention_ref
 from sps_kernel import KVPools, paged_attention
 
@@ -36,8 +37,10 @@ class Case:
         lengths=((5, 40),),
         per_head=False,
         unaligned=False,
+        kv_format="native",
     ):
         self.dtype, self.page, self.kv_heads = dtype, page, kv_heads
+        self.kv_format = kv_format
         pages = sum(-(-(cached + new) // page) for new, cached in lengths)
         heads_factor = kv_heads if per_head else 1
         self.slots = pages * heads_factor + 3
@@ -60,6 +63,25 @@ class Case:
         self.items = torch.tensor(self.items, dtype=torch.int32).reshape(-1, 8)
         self.page_ids = torch.tensor(ids, dtype=torch.int32)
         self.page_pos = torch.tensor(pos, dtype=torch.int32)
+        if kv_format != "native":
+            self.quantize(unaligned)
+
+    def quantize(self, unaligned):
+        """Pages of rows; `k` and `v` become what these decode to. Unwritten rows decode to NaN."""
+        self.rows = []
+        for side in (self.k, self.v):
+            for i, pool in enumerate(side):
+                rows = kv_rows.encode(pool, self.kv_format)
+                rows[pool.isnan()[..., 0]] = 0xFF  # a NaN of fp8, and the scale of int8
+                side[i] = kv_rows.decode(rows, self.kv_format, self.dtype)
+                at = torch.empty(rows.numel() + 1, dtype=torch.uint8)[int(unaligned) :]
+                self.rows.append(at[: rows.numel()].view(rows.shape).copy_(rows))
+
+    def pools(self):
+        if self.kv_format == "native":
+            return KVPools(self.k, self.v)
+        n = len(self.k)
+        return KVPools(self.rows[:n], self.rows[n:], self.kv_format)
 
     def array(self, shape, unaligned):
         n = math.prod(shape)
@@ -88,7 +110,7 @@ class Case:
         lse = torch.full(self.q.shape[:2], NAN)
         got = paged_attention(
             self.q,
-            KVPools(self.k, self.v),
+            self.pools(),
             self.items,
             self.page_ids,
             self.page_pos,

@@ -18,8 +18,8 @@ class PagePool:
     """K and V of one layer on several ranks, as far as they can be read from here.
 
     Attributes:
-        k, v: one tensor ``[slots, kv_heads, page_size, head_dim]`` per SP rank; a rank whose memory
-            cannot be read from here has an empty tensor (0 slots).
+        k, v: one tensor ``[slots, kv_heads, page_size, row]`` per SP rank, rows as `ops.kv_rows`
+            has them; a rank whose memory cannot be read from here has an empty tensor (0 slots).
         slots_per_rank: page id = index in `k` * slots_per_rank + slot.
     """
 

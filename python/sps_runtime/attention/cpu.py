@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool, Partial, QueryRun
+from sps_runtime.ops.kv_rows import row_format
 
 _REMEMBERED = 8
 
@@ -74,7 +75,7 @@ class KernelBackend:
     ) -> Partial:
         if not runs:
             return Partial(*_empty(q_THD))
-        pools = self._pools(pool, kv_heads)
+        pools = self._pools(pool, kv_heads, q_THD.shape[2])
         packed = self._pack(runs, pools.kv_heads)
         if packed.rows == len(q_THD):
             o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
@@ -115,7 +116,7 @@ class KernelBackend:
             packed = self._packed[key] = _pack(runs, kv_heads)
         return packed
 
-    def _pools(self, pool: PagePool, kv_heads: tuple[int, int] | None) -> Any:
+    def _pools(self, pool: PagePool, kv_heads: tuple[int, int] | None, head_dim: int) -> Any:
         """The pools as the kernels want them: all of one shape. One that cannot be read stands in
         as any other: no page id names it."""
         some = next(index for index, k in enumerate(pool.k) if len(k))
@@ -123,7 +124,7 @@ class KernelBackend:
         for tensors in (pool.k, pool.v):
             whole = [tensor if len(tensor) else tensors[some] for tensor in tensors]
             sides.append(whole if kv_heads is None else [t[:, slice(*kv_heads)] for t in whole])
-        return self._kernels.KVPools(*sides)
+        return self._kernels.KVPools(*sides, row_format(pool.k[some], head_dim))
 
 
 def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool, Partial, QueryRun
+from sps_runtime.ops.kv_rows import decode, row_format
 from sps_runtime.ops.merge_state import merge_state, merge_states
 
 QUERY_BLOCK = 512
@@ -89,7 +90,10 @@ class _Block:
             empty = self.q_THD.new_zeros(tokens, heads, dim, dtype=torch.float32)
             return empty, torch.full((tokens, heads), -torch.inf)
         k_KSD, v_KSD = (
-            _gather(side, pool.slots_per_rank, ids, self.kv_heads) for side in (pool.k, pool.v)
+            decode(rows, row_format(rows, dim), self.q_THD.dtype)
+            for rows in (
+                _gather(side, pool.slots_per_rank, ids, self.kv_heads) for side in (pool.k, pool.v)
+            )
         )
         mask = None
         visible = None
@@ -135,7 +139,7 @@ def _by_rank(values: Tensor, ranks: Tensor) -> Tensor:
 def _gather(
     pools: Sequence[Tensor], slots_per_rank: int, ids: Tensor, kv_heads: tuple[int, int] | None
 ) -> Tensor:
-    """``[kv_heads, tokens, head_dim]`` of pages, ordered by rank and then as listed."""
+    """``[kv_heads, tokens, row]`` of pages, ordered by rank and then as listed."""
     begin, end = kv_heads or (0, next(t for t in pools if t.numel()).shape[1])
     ranks = ids // slots_per_rank
     parts = [

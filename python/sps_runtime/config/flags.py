@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sps_runtime.config import environment
+from sps_runtime.config.cache import KV_CACHE_DTYPES
 from sps_runtime.config.options import EMBEDDED, EngineOptions
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
@@ -191,7 +192,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     add("--max-total-tokens", type=int, help="tokens of KV over all ranks")
     add("--pages-per-rank", type=int, help="the same, in pages of one rank")
     add("--mem-fraction-static", type=float, help="share of free memory for KV")
-    add("--kv-cache-dtype", default="auto", choices=["auto"])
+    add("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="auto: the model's")
     add("--disable-radix-cache", action="store_true")
     add("--radix-eviction-policy", default="lru")
 

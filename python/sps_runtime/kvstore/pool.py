@@ -14,10 +14,11 @@ from sps_runtime.kvstore.shape import KVShape
 
 
 class KVPool:
-    """K and V of one global rank, ``[layers, slots, kv_heads, page_size, head_dim]`` each.
+    """K and V of one global rank, ``[layers, slots, kv_heads, page_size, row]`` each; rows are
+    head_dim elements, or as `ops.kv_rows` has them.
 
     Heads lie outside tokens in a page, so that one head's page is one contiguous
-    ``[page_size, head_dim]`` block: what an attention kernel streams, and what a transfer of a head
+    ``[page_size, row]`` block: what an attention kernel streams, and what a transfer of a head
     share copies.
     """
 
@@ -26,7 +27,7 @@ class KVPool:
             raise ValueError(f"{flat.numel()} x {flat.element_size()} bytes do not make {shape}")
         self.shape = shape
         self.k, self.v = flat.view(
-            2, shape.layers, shape.slots, shape.kv_heads, shape.page_size, shape.head_dim
+            2, shape.layers, shape.slots, shape.kv_heads, shape.page_size, shape.row
         ).unbind(0)
 
     @classmethod
@@ -76,6 +77,6 @@ class KVStore:
         ]
 
     def layer(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        """K and V of one layer, a tensor ``[slots, kv_heads, page_size, head_dim]`` per SP rank;
+        """K and V of one layer, a tensor ``[slots, kv_heads, page_size, row]`` per SP rank;
         0 slots where memory cannot be read."""
         return self._layers[layer]

@@ -1,8 +1,8 @@
 """Pages that travel because a reader cannot read its owner's pool in place.
 
 Both sides compute the same `Shipment` from the plan, so nothing but keys and values is sent: whole
-pages, K beside V, and of a sequence's last page just the tokens it holds. Whole pages are attended
-to where they arrived.
+pages, K beside V, and of a sequence's last page just the tokens it holds. Rows travel as they lie,
+quantised ones in their bytes and scales. Whole pages are attended to where they arrived.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shipment:
         return 2 * self.tokens * heads * dim
 
     def pack(self, k: Tensor, v: Tensor, kv_heads: tuple[int, int]) -> Tensor:
-        """Copy the pages out of a layer's pool ``[slots, kv_heads, page_size, head_dim]``, heads
+        """Copy the pages out of a layer's pool ``[slots, kv_heads, page_size, row]``, heads
         [begin, end) of it, into one flat message."""
         begin, end = kv_heads
         flat = k.new_empty(self.elements(end - begin, k.shape[-1]))
@@ -101,7 +101,7 @@ class Staging:
         return ids
 
     def allocate(self, like: Tensor, heads: int) -> tuple[Tensor, list[Tensor]]:
-        """An empty pool ``[slots, 2, heads, page_size, head_dim]``, and what of it is received into
+        """An empty pool ``[slots, 2, heads, page_size, row]``, and what of it is received into
         from each source; `like` is a pool of the same kind."""
         _, _, page_size, dim = like.shape
         pool = like.new_empty((self.slots, 2, heads, page_size, dim))
@@ -112,7 +112,7 @@ class Staging:
         return pool, parts
 
     def settle(self, pool: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V ``[slots, heads, page_size, head_dim]`` once everything arrived."""
+        """K and V ``[slots, heads, page_size, row]`` once everything arrived."""
         for source in range(len(self._shipments)):
             self.spread(pool, source)
         k, v = pool.unbind(1)

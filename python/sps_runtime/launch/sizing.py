@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from sps_runtime.config.cache import CacheConfig
+from sps_runtime.config.cache import CacheConfig, kv_row, resolve_kv_dtype
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.environment import weight_cache_dir
 from sps_runtime.config.model import ModelConfig
@@ -24,7 +24,6 @@ DEFAULT_KV_SHARE = 0.5
 DEFAULT_TOKENS_CAP = 1 << 20
 """Tokens of KV at most unless told: more helps few, and holds memory that others may need."""
 ECHO_BYTES_PER_TOKEN = 8
-_ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
 def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> EngineConfig:
@@ -37,6 +36,7 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
     make_eviction(options.eviction)
     parallel = options.parallel
     dtype = model.resolve_dtype(options.dtype)
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     local_ranks = parallel.world_size // parallel.nnodes
     binding = bind(options.cpu_bind, local_ranks, options.threads_per_rank, read_topology())
     logger.info("%d threads a rank, %s", binding.threads, binding.why)
@@ -62,10 +62,10 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         scheduler=options.scheduler,
         cache=CacheConfig(
             page_size=page_size,
-            pages_per_rank=_pages_per_rank(options, model, dtype, page_size),
+            pages_per_rank=_pages_per_rank(options, model, kv_dtype, page_size),
             enable_prefix_cache=options.enable_prefix_cache,
             eviction=options.eviction,
-            kv_dtype=dtype,
+            kv_dtype=kv_dtype,
         ),
     )
 
@@ -80,20 +80,23 @@ def _device(options: EngineOptions) -> Literal["cpu", "cuda", "echo"]:
     return options.device
 
 
-def kv_bytes_per_token(model: ModelConfig, tp_size: int, itemsize: int) -> int:
+def kv_bytes_per_token(model: ModelConfig, tp_size: int, kv_dtype: str) -> int:
     """Bytes of one token's K and V on all TP peers of its SP rank together."""
     heads = model.kv_heads_per_rank(tp_size) * tp_size
-    return 2 * model.num_layers * heads * model.head_dim * itemsize
+    itemsize, scale_bytes = kv_row(kv_dtype)
+    return 2 * model.num_layers * heads * (model.head_dim * itemsize + scale_bytes)
 
 
-def _pages_per_rank(options: EngineOptions, model: ModelConfig, dtype: str, page_size: int) -> int:
+def _pages_per_rank(
+    options: EngineOptions, model: ModelConfig, kv_dtype: str, page_size: int
+) -> int:
     """Pages of one SP rank: as told, else a share of what is free, within reason."""
     sp_size, tp_size = options.parallel.sp_size, options.parallel.tp_size
     if options.pages_per_rank is not None:
         return options.pages_per_rank
     if options.max_total_tokens is not None:
         return -(-options.max_total_tokens // (sp_size * page_size))
-    per_token = kv_bytes_per_token(model, tp_size, _ITEMSIZE[dtype])
+    per_token = kv_bytes_per_token(model, tp_size, kv_dtype)
     if options.device == "echo":
         per_token = ECHO_BYTES_PER_TOKEN
     if options.parallel.nnodes > 1:  # all hosts must choose the same, whatever memory they have

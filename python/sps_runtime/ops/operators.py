@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sps_runtime.ops.elementwise import Elementwise, KernelElementwise, TorchElementwise
+from sps_runtime.ops.kv_rows import encode, row_format
 from sps_runtime.ops.linear import kernel_linear
 from sps_runtime.ops.packing import Packing, Quantization
 from sps_runtime.ops.weight import PlainWeight, Weight
@@ -43,7 +44,7 @@ class Operators(Elementwise, Protocol):
         offsets_T: Tensor,
     ) -> None:
         """Put token t's K and V at (slots_T[t], offsets_T[t]), int32 both, all pairs distinct, of
-        one layer's pools ``[slots, kv_heads, page_size, head_dim]``."""
+        one layer's pools ``[slots, kv_heads, page_size, row]``; rows as `ops.kv_rows` has them."""
         ...
 
 
@@ -69,8 +70,9 @@ class TorchOperators(TorchElementwise):
         slots_T: Tensor,
         offsets_T: Tensor,
     ) -> None:
-        k_pool[slots_T, :, offsets_T] = k_TKD
-        v_pool[slots_T, :, offsets_T] = v_TKD
+        kv_format = row_format(k_pool, k_TKD.shape[-1])
+        k_pool[slots_T, :, offsets_T] = encode(k_TKD, kv_format)
+        v_pool[slots_T, :, offsets_T] = encode(v_TKD, kv_format)
 
 
 TORCH = TorchOperators()
@@ -110,5 +112,6 @@ class KernelOperators(KernelElementwise):
         """The kernel rotates and writes; over zero dims and no query heads it only writes."""
         self._kernels.rope_kv_write(
             k_TKD[:, :0], k_TKD, v_TKD, torch.zeros_like(slots_T), self._no_angles,
-            k_pool, v_pool, slots_T, offsets_T, threads=self._threads,
+            k_pool, v_pool, slots_T, offsets_T,
+            kv_format=row_format(k_pool, k_TKD.shape[-1]), threads=self._threads,
         )  # fmt: skip

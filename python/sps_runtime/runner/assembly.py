@@ -10,6 +10,7 @@ import torch
 
 from sps_runtime.attention.backend import AttentionBackend
 from sps_runtime.attention.context import AttentionContext
+from sps_runtime.config.cache import kv_row, resolve_kv_dtype
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.parallel import ParallelConfig
@@ -23,6 +24,7 @@ from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailro
 from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.operators import Operators
 from sps_runtime.types.errors import ConfigError
 
@@ -63,15 +65,21 @@ class Place:
         }
 
 
-def kv_shape(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVShape:
+def _kv_dtype(config: EngineConfig) -> str:
+    return resolve_kv_dtype(config.cache.kv_dtype, config.dtype)
+
+
+def kv_shape(config: EngineConfig, model: ModelConfig) -> KVShape:
     """The pool of one global rank."""
+    itemsize, scale_bytes = kv_row(_kv_dtype(config))
     return KVShape(
         layers=model.num_layers,
         slots=config.cache.pages_per_rank,
         kv_heads=model.kv_heads_per_rank(config.parallel.tp_size),
         page_size=config.cache.page_size,
         head_dim=model.head_dim,
-        itemsize=dtype.itemsize,
+        itemsize=itemsize,
+        scale_bytes=scale_bytes,
     )
 
 
@@ -138,7 +146,12 @@ def open_means(
     return AttentionContext(
         mesh=place.mesh,
         mailroom=open_mailroom(engine, place, traffic, fds),
-        store=open_store(place, kv_shape(engine, model, dtype), dtype, fds),
+        store=open_store(
+            place,
+            kv_shape(engine, model),
+            storage_dtype(_kv_dtype(engine), dtype),
+            fds,
+        ),
         fence=open_fence(engine, place, model.num_layers, fds),
         backend=backend,
         traffic=traffic,

@@ -1,6 +1,9 @@
 // Python's view of paged attention: pools, shapes and dtypes are checked here.
 #include <cmath>
+#include <string>
 #include <vector>
+
+#include <nanobind/stl/string.h>
 
 #include "bind/module.h"
 #include "bind/program.h"
@@ -14,7 +17,8 @@ constexpr int64_t kMaxDim = 512;
 // The K and V arrays of one layer in every pool; keeps them alive.
 class KVPools {
  public:
-  KVPools(nb::sequence k, nb::sequence v) {
+  KVPools(nb::sequence k, nb::sequence v, const std::string& format)
+      : format_(kv_format_of(format)), format_name_(format) {
     const size_t n = nb::len(k);
     if (n == 0 || nb::len(v) != n)
       value_error("k and v: need the same number of pools, at least 1");
@@ -37,12 +41,15 @@ class KVPools {
     p.v_layout = {v.byte_stride(0), v.byte_stride(1), v.byte_stride(2)};
     p.kv_heads = static_cast<int>(k.shape[1]);
     p.page = static_cast<int>(k.shape[2]);
-    p.d = static_cast<int>(k.shape[3]);
-    p.bf16 = k.dtype == DType::kBf16;
+    p.d = static_cast<int>(head_dim());
+    p.format = format_;
   }
 
   int count() const { return static_cast<int>(k_.size()); }
   const Tensor& first() const { return keep_.front(); }
+  bool native() const { return format_ == KvFormat::kNative; }
+  const std::string& format() const { return format_name_; }
+  int64_t head_dim() const { return first().shape[3] - quantized_row(format_, 0); }
 
  private:
   char* add(nb::handle object, const char* name) {
@@ -58,12 +65,13 @@ class KVPools {
     if (k.shape[0] * count() > INT32_MAX) value_error("k: too many slots for int32 page ids");
     if (k.shape[2] < kTile || k.shape[2] > 4096 || k.shape[2] % kTile != 0)
       value_error("k: page size must be a multiple of 16 in [16, 4096]");
-    if (k.shape[3] < 8 || k.shape[3] > kMaxDim || k.shape[3] % 8 != 0)
+    if (head_dim() < 8 || head_dim() > kMaxDim || head_dim() % 8 != 0)
       value_error("k: head dim must be a multiple of 8 in [8, 512]");
     for (size_t i = 0; i < keep_.size(); ++i) {
       const Tensor& t = keep_[i];
       const Tensor& same_layout = keep_[i < k_.size() ? 0 : k_.size()];
-      t.need_float().need_dtype(k.dtype).need_last_contiguous();
+      if (native()) t.need_float();
+      t.need_dtype(native() ? k.dtype : DType::kU8).need_last_contiguous();
       t.need_shape({k.shape[0], k.shape[1], k.shape[2], k.shape[3]});
       for (int j = 0; j < 3; ++j)
         if (t.shape[j] > 1 && t.stride[j] != same_layout.stride[j])
@@ -73,13 +81,16 @@ class KVPools {
     }
   }
 
+  KvFormat format_;
+  std::string format_name_;
   std::vector<Tensor> keep_;
   std::vector<const char*> k_, v_;
   nb::list objects_;
 };
 
 void check_queries(const Tensor& q, const KVPools& kv, const AttentionParams& p) {
-  q.need_ndim(3).need_dtype(kv.first().dtype).need_last_contiguous();
+  q.need_ndim(3).need_float().need_last_contiguous();
+  if (kv.native()) q.need_dtype(kv.first().dtype);
   if (q.shape[2] != p.d) value_error("q: head dim differs from the pools'");
   if (q.shape[1] < 1 || q.shape[1] % p.kv_heads != 0)
     value_error("q: heads must be a multiple of the pools' KV heads");
@@ -94,6 +105,7 @@ void attention(nb::handle q_, nb::handle kv_, nb::handle items_, nb::handle ids_
   const Tensor q(q_, "q"), items(items_, "items"), ids(ids_, "page_ids"), pos(pos_, "page_pos"),
       out(out_, "out", true), lse(lse_, "lse", true);
   check_queries(q, kv, p);
+  p.bf16 = q.dtype == DType::kBf16;
   items.need_dtype(DType::kI32).need_shape({-1, 8}).need_contiguous();
   ids.need_dtype(DType::kI32).need_ndim(1).need_contiguous();
   pos.need_dtype(DType::kI32).need_shape({ids.shape[0]}).need_contiguous();
@@ -129,12 +141,14 @@ void attention(nb::handle q_, nb::handle kv_, nb::handle items_, nb::handle ids_
 
 void bind_attention(nb::module_& m) {
   nb::class_<KVPools>(m, "KVPools")
-      .def(nb::init<nb::sequence, nb::sequence>(), nb::arg("k"), nb::arg("v"))
+      .def(nb::init<nb::sequence, nb::sequence, const std::string&>(), nb::arg("k"), nb::arg("v"),
+           nb::arg("format") = "native")
       .def_prop_ro("pools", &KVPools::count)
       .def_prop_ro("slots", [](const KVPools& s) { return s.first().shape[0]; })
       .def_prop_ro("kv_heads", [](const KVPools& s) { return s.first().shape[1]; })
       .def_prop_ro("page_size", [](const KVPools& s) { return s.first().shape[2]; })
-      .def_prop_ro("head_dim", [](const KVPools& s) { return s.first().shape[3]; })
+      .def_prop_ro("head_dim", &KVPools::head_dim)
+      .def_prop_ro("format", &KVPools::format)
       .def_prop_ro("dtype", [](const KVPools& s) { return dtype_name(s.first().dtype); });
   m.def("paged_attention", &attention);
 }

@@ -1,7 +1,10 @@
 // Python's view of RMSNorm, rope with KV write and SiLU-mul.
 #include <cmath>
+#include <string>
 #include <stdexcept>
 #include <string>
+
+#include <nanobind/stl/string.h>
 
 #include "bind/module.h"
 #include "bind/program.h"
@@ -118,21 +121,27 @@ void py_rope(nb::handle q_, nb::handle k_, nb::handle positions_, nb::handle cos
   });
 }
 
-void check_pool(const Tensor& pool, const Tensor& k) {
-  pool.need_dtype(k.dtype).need_shape({-1, k.shape[1], -1, k.shape[2]}).need_last_contiguous();
+void check_pool(const Tensor& pool, const Tensor& k, KvFormat format) {
+  const bool native = format == KvFormat::kNative;
+  if (!native && k.shape[2] > kMaxQuantizedDim) value_error("k: head dim is over 512");
+  const int64_t row = native ? k.shape[2] : quantized_row(format, k.shape[2]);
+  pool.need_dtype(native ? k.dtype : DType::kU8).need_shape({-1, k.shape[1], -1, row});
+  pool.need_last_contiguous();
 }
 
 void py_rope_kv_write(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle positions_,
                       nb::handle cos_sin_, nb::handle k_pool_, nb::handle v_pool_,
-                      nb::handle slots_, nb::handle offsets_, int threads) {
+                      nb::handle slots_, nb::handle offsets_, const std::string& kv_format,
+                      int threads) {
   const Tensor q(q_, "q", true), k(k_, "k", true), v(v_, "v"), positions(positions_, "positions"),
       cos_sin(cos_sin_, "cos_sin"), k_pool(k_pool_, "k_pool", true),
       v_pool(v_pool_, "v_pool", true), slots(slots_, "slots"), offsets(offsets_, "offsets");
   RopeParams p{};
   fill_rope(p, q, k, positions, cos_sin);
   same_shape(v, k);
-  check_pool(k_pool, k);
-  check_pool(v_pool, k);
+  p.format = kv_format_of(kv_format);
+  check_pool(k_pool, k, p.format);
+  check_pool(v_pool, k, p.format);
   v_pool.need_shape({k_pool.shape[0], -1, k_pool.shape[2], -1});
   const IndexCheck rows("positions", positions, p.tokens, 0, cos_sin.shape[0]);
   const IndexCheck pages("slots", slots, p.tokens, INT32_MIN, k_pool.shape[0]);

@@ -95,6 +95,13 @@ std::string python_error() {
 
 void value_error(const std::string& message) { throw nb::value_error(message.c_str()); }
 
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "native") return KvFormat::kNative;
+  if (name == "int8") return KvFormat::kInt8;
+  if (name == "fp8_e4m3") return KvFormat::kFp8;
+  value_error("format must be native, int8 or fp8_e4m3, not " + name);
+}
+
 int check_threads(int threads) {
   if (threads < 1 || threads > 1024) value_error("threads must be in [1, 1024]");
   return threads;

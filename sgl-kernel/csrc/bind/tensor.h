@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "sps/kv_format.h"
+
 namespace nb = nanobind;
 
 namespace sps::bind {
@@ -64,6 +66,7 @@ class Tensor {
 
 [[noreturn]] void value_error(const std::string& message);
 int check_threads(int threads);
+KvFormat kv_format_of(const std::string& name);  // "native", "int8", "fp8_e4m3"
 
 // Tells a recording of this thread, if there is one, that a call is about to write `object`
 // (bind/program.h).

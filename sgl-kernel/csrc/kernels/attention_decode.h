@@ -9,7 +9,7 @@ namespace sps {
 namespace SPS_ISA_NS {
 
 constexpr int kDecodeRows = Narrow::W;
-constexpr int kDecodeTiles = 8;  // tiles of one online-softmax step
+constexpr int kDecodeTiles = 4;  // tiles of one online-softmax step
 #ifdef SPS_WIDE_REGISTERS
 constexpr int kDecodeKeys = 16;
 #else
@@ -21,6 +21,8 @@ constexpr int kDecodeKeys = 8;
 // with this one's values: into the second-level cache, which has the more misses in flight, and a
 // line at a time, for bursts stall. A tile has as many lines as scores_micro has steps. Rows that
 // do not lie one behind the other are asked for at wrong addresses: harmless, and slower.
+// Where memory lies in small pages, the first of these prefetches waits for a page walk, and those
+// behind it for a place in its queue: so each tile is touched once, a step before its burst.
 // The tiles of one step, and those of the next.
 struct DecodeTiles {
   Tile tile[kDecodeTiles];
@@ -94,6 +96,13 @@ static void decode_values_rows(int rows, const float* p, const DecodeTiles& tile
   }
 }
 
+static inline void touch(const DecodeTiles& tiles) {
+  for (int t = 0; t < tiles.n; ++t) {
+    __builtin_prefetch(tiles.tile[t].k, 0, 2);
+    __builtin_prefetch(tiles.tile[t].v, 0, 2);
+  }
+}
+
 // The prefill state's arrays serve with one block of kDecodeRows rows; o is [rows, d].
 template <class M>
 static void decode_step(const AttentionParams& p, const AttentionUnit& u, PrefillState<M>& st,
@@ -104,10 +113,12 @@ static void decode_step(const AttentionParams& p, const AttentionUnit& u, Prefil
   alignas(64) float mx[kDecodeRows], alpha[kDecodeRows];
   for (int i = 0; i < kDecodeRows; ++i) mx[i] = -INFINITY;
   const RowBounds bounds{st.lo, st.hi};
+  const bool native = p.format == KvFormat::kNative;  // else decode_tile asks for what is next
   for (int t = 0; t < tiles.n; ++t) {
     Tile& tile = tiles.tile[t];
     const Tile& soon = t < next.n ? next.tile[t] : tile;
-    const char* ahead = soon.k;
+    decode_tile<M>(p, tile, soon, st.decoded + t * decoded_bytes<M>(p));
+    const char* ahead = native ? soon.k : tile.k;
     const RowBounds* masked = within(tile, full) ? nullptr : &bounds;
     if (M::kConvert) convert_keys<M>(tile, p.d, st.k_buf);
     for (int i = 0; i < kTile; i += kDecodeKeys)
@@ -120,7 +131,7 @@ static void decode_step(const AttentionParams& p, const AttentionUnit& u, Prefil
   }
   softmax_step<M, Narrow, 1>(s, kDecodeRows, tiles.n * kTile, p.scale * 1.44269504f, mx, st.m, st.l,
                              alpha);
-  decode_values_rows<M>(u.row_count, s, tiles, next, p.d, alpha, st.o);
+  decode_values_rows<M>(u.row_count, s, tiles, native ? next : DecodeTiles(), p.d, alpha, st.o);
 }
 
 template <class M>
@@ -139,6 +150,7 @@ static void decode_unit(const AttentionParams& p, const AttentionUnit& u) {
   for (int i = 0; steps[i].n > 0; i ^= 1) {
     DecodeTiles& next = steps[i ^ 1];
     next.n = walk.next(next.tile, most);
+    touch(next);
     decode_step<M>(p, u, st, s, steps[i], next, any, full);
   }
   for (int i = 0; i < u.row_count; ++i)

@@ -50,6 +50,7 @@ struct PrefillState {
   float* s;           // [kStepTiles * kTile, kRowBlock]
   float* rows;        // [kRowBlock, d]
   float *k_buf, *v_buf;  // [chunk, kTile, d] cells
+  char* decoded;         // [chunk] tiles of decoded_bytes
 
   PrefillState(const AttentionParams& p, const AttentionUnit& u) {
     blocks = (u.row_count + kRowBlock - 1) / kRowBlock;
@@ -57,9 +58,10 @@ struct PrefillState {
     const size_t padded = static_cast<size_t>(blocks) * kRowBlock, d = p.d;
     const size_t tile_cells = chunk_tiles<M>(p.d) * static_cast<size_t>(kTile) * d / M::kPerCell;
     const size_t k_cells = M::kConvert ? tile_cells : 0;
+    const size_t decoded_size = chunk_tiles<M>(p.d) * decoded_bytes<M>(p);
     const size_t floats = padded * (steps + d + 4) + kStepTiles * kTile * kRowBlock +
                           kRowBlock * d + k_cells + tile_cells;
-    Pieces pieces(thread_scratch(floats * 4 + 10 * 64));
+    Pieces pieces(thread_scratch(floats * 4 + decoded_size + 11 * 64));
     q = pieces.take<float>(padded * steps);
     o = pieces.take<float>(padded * d);
     m = pieces.take<float>(padded);
@@ -70,6 +72,7 @@ struct PrefillState {
     rows = pieces.take<float>(kRowBlock * d);
     k_buf = pieces.take<float>(k_cells);
     v_buf = pieces.take<float>(tile_cells);
+    decoded = pieces.take<char>(decoded_size);
   }
 };
 
@@ -204,8 +207,11 @@ static void prefill_unit(const AttentionParams& p, const AttentionUnit& u) {
   const int chunk = chunk_tiles<M>(p.d);
   const int64_t tile_cells = static_cast<int64_t>(kTile) * p.d / M::kPerCell;
   while (const int n = walk.next(tiles, chunk)) {
-    for (int t = 0; t < n; ++t)
+    for (int t = 0; t < n; ++t) {
+      decode_tile<M>(p, tiles[t], tiles[t + 1 < n ? t + 1 : t],
+                     st.decoded + t * decoded_bytes<M>(p));
       prepare_tile<M>(tiles[t], reach, p.d, st.k_buf + t * tile_cells, st.v_buf + t * tile_cells);
+    }
     for (int block = 0; block < st.blocks; ++block) block_dispatch(p, u, st, block, tiles, n);
   }
   finish_blocks(p, u, st);

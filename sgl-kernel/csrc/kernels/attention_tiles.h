@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/kv_rows.h"
 #include "kernels/modes.h"
 #include "sps/attention.h"
 
@@ -127,6 +128,45 @@ static void convert_keys(Tile& t, int d, float* buf) {
     M::convert_row(t.k + static_cast<int64_t>(i) * t.k_stride, buf + i * d, d);
   t.k = reinterpret_cast<const char*>(buf);
   t.k_stride = d * 4;
+}
+
+// Bytes that a decoded tile takes: K, then V, [kTile, d] each.
+template <class M>
+static size_t decoded_bytes(const AttentionParams& p) {
+  return p.format == KvFormat::kNative ? 0 : 2 * static_cast<size_t>(kTile) * p.d * M::kElemBytes;
+}
+
+// Asks for the rows of a quantised tile; a row's last bytes come with the row behind it.
+static inline void prefetch_row(const char* rows, int64_t stride, int i) {
+  for (int64_t at = 0; at < stride; at += 64) __builtin_prefetch(rows + i * stride + at, 0, 2);
+}
+
+template <class M, class Row>
+static void decode_rows(Tile& t, int d, const Tile& soon, char* buf) {
+  const int row_bytes = d * M::kElemBytes;
+  char* v = buf + kTile * row_bytes;
+  for (int i = 0; i < kTile; ++i) {
+    prefetch_row(soon.k, soon.k_stride, i);
+    prefetch_row(soon.v, soon.v_stride, i);
+    decode_row<Row, M::kElemBytes>(t.k + static_cast<int64_t>(i) * t.k_stride, d,
+                                   buf + i * row_bytes);
+    decode_row<Row, M::kElemBytes>(t.v + static_cast<int64_t>(i) * t.v_stride, d,
+                                   v + i * row_bytes);
+  }
+  t.k = buf;
+  t.v = v;
+  t.k_stride = t.v_stride = row_bytes;
+}
+
+// Turns a tile of quantised rows into one of the queries' dtype, in `buf`. Rows that were never
+// written decode to anything: they are masked, or left out, as native ones are. `soon` is asked for
+// meanwhile.
+template <class M>
+static void decode_tile(const AttentionParams& p, Tile& t, const Tile& soon, char* buf) {
+  if (p.format == KvFormat::kInt8)
+    decode_rows<M, Int8Row>(t, p.d, soon, buf);
+  else if (p.format == KvFormat::kFp8)
+    decode_rows<M, Fp8Row>(t, p.d, soon, buf);
 }
 
 // Hands out pieces of one scratch buffer, each aligned to 64 bytes.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels/bf16.h"
+#include "kernels/kv_rows.h"
 #include "sps/elementwise.h"
 
 namespace sps {
@@ -137,10 +138,24 @@ static inline void rotate(char* x, const float* cos, const float* sin, int half)
   }
 }
 
+// Writes the row x [d] of T to a page.
+template <class T>
+static inline void write_kv_row(KvFormat format, const char* x, int d, char* row) {
+  if (format == KvFormat::kNative) {
+    std::memcpy(row, x, static_cast<size_t>(d) * T::kBytes);
+    return;
+  }
+  float values[kMaxQuantizedDim];
+  for (int i = 0; i < d; ++i) values[i] = T::get(x, i);
+  if (format == KvFormat::kInt8)
+    encode_int8(values, d, row);
+  else
+    encode_fp8(values, d, row);
+}
+
 template <class T>
 static void rope_rows(const RopeParams& p, int64_t begin, int64_t end) {
   const int half = p.rotary / 2;
-  const size_t row_bytes = static_cast<size_t>(p.d) * T::kBytes;
   for (int64_t t = begin; t < end; ++t) {
     const float* cos = p.cos_sin + p.positions[t] * p.cos_sin_stride;
     for (int h = 0; h < p.heads; ++h)
@@ -151,9 +166,10 @@ static void rope_rows(const RopeParams& p, int64_t begin, int64_t end) {
       rotate<T>(k, cos, cos + half, half);
       if (!write) continue;
       const int64_t slot = p.slots[t], offset = p.offsets[t];
-      std::memcpy(p.k_pool + slot * p.k_slot + h * p.k_head + offset * p.k_token, k, row_bytes);
-      std::memcpy(p.v_pool + slot * p.v_slot + h * p.v_head + offset * p.v_token,
-                  p.v + t * p.v_stride_i + h * p.v_stride_j, row_bytes);
+      write_kv_row<T>(p.format, k, p.d,
+                      p.k_pool + slot * p.k_slot + h * p.k_head + offset * p.k_token);
+      write_kv_row<T>(p.format, p.v + t * p.v_stride_i + h * p.v_stride_j, p.d,
+                      p.v_pool + slot * p.v_slot + h * p.v_head + offset * p.v_token);
     }
   }
 }

@@ -83,6 +83,20 @@ struct V8 {
   static reg odd_bf16(reg x) {
     return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
   }
+  static reg load_i8(const void* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  }
+  // fp8 e4m3, by way of a float16 that is 256 times smaller.
+  static reg load_fp8(const void* p) {
+    const __m128i w = _mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+    const __m128i size = _mm_and_si128(w, _mm_set1_epi16(0x7f));
+    const __m128i sign = _mm_slli_epi16(_mm_andnot_si128(_mm_set1_epi16(0x7f), w), 8);
+    const __m128i half = _mm_or_si128(sign, _mm_slli_epi16(size, 7));
+    const ireg nan = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(size, _mm_set1_epi16(0x7f)));
+    return _mm256_blendv_ps(mul(_mm256_cvtph_ps(half), set1(256.0f)),
+                            set1(__builtin_nanf("")), _mm256_castsi256_ps(nan));
+  }
   // out[i] = sum of the lanes of r[i], for 16 registers.
   static void hsum16(const reg* r, float* out) {
     for (int i = 0; i < 16; ++i) out[i] = hsum(r[i]);

@@ -81,6 +81,19 @@ struct V16 {
     return _mm512_castsi512_ps(
         _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
   }
+  static reg load_i8(const void* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  // fp8 e4m3, by way of a float16 that is 256 times smaller.
+  static reg load_fp8(const void* p) {
+    const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    const __m256i size = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), w), 8);
+    const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(size, 7));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f));
+    return _mm512_mask_mov_ps(mul(_mm512_cvtph_ps(half), set1(256.0f)), nan,
+                              set1(__builtin_nanf("")));
+  }
   // out[i] = sum of the lanes of r[i], for 16 registers.
   static void hsum16(const reg* r, float* out) {
     reg a[8], b[4], c[2];

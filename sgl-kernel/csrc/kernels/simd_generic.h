@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/bf16.h"
+#include "kernels/fp8.h"
 
 namespace sps {
 namespace SPS_ISA_NS {
@@ -108,6 +109,14 @@ struct V8 {
       __builtin_memcpy(&bits, &x.v[i], 4);
       return bf16_to_float(static_cast<uint16_t>(bits >> 16));
     });
+  }
+  static reg load_i8(const void* p) {
+    const int8_t* x = static_cast<const int8_t*>(p);
+    return each([&](int i) { return static_cast<float>(x[i]); });
+  }
+  static reg load_fp8(const void* p) {
+    const uint8_t* x = static_cast<const uint8_t*>(p);
+    return each([&](int i) { return fp8_to_float(x[i]); });
   }
   // out[i] = sum of the lanes of r[i], for 16 registers.
   static void hsum16(const reg* r, float* out) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "sps/kv_format.h"
+
 namespace sps {
 
 // Keys are read in tiles of this many tokens; a page holds a whole number of them.
@@ -21,7 +23,8 @@ struct AttentionParams {
   int64_t slots_per_pool;
   PoolLayout k_layout, v_layout;
   int page, kv_heads, group, d;
-  bool bf16;      // dtype of q, k and v: bfloat16, else float32
+  bool bf16;      // dtype of q, and of k and v in native pages: bfloat16, else float32
+  KvFormat format;
   bool out_bf16;  // dtype of out
   char* out;
   int64_t out_token_stride, out_head_stride;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "sps/kv_format.h"
+
 namespace sps {
 
 // Strides in bytes; the last dim (dim) is contiguous. Rows are (i, j), i < n, j < m.
@@ -43,6 +45,7 @@ struct RopeParams {
   int64_t tokens;
   int heads, kv_heads, d, rotary;
   bool bf16;
+  KvFormat format;  // of the pools' rows
 };
 
 void rms_norm(const RmsNormParams& params, int threads);

@@ -14,10 +14,14 @@ class KVPools:
 
     ``k`` and ``v`` list one array [slots, kv_heads, page, d] per pool (float32 or bfloat16, the
     last dim contiguous, equal shapes and strides; page a multiple of 16, d a multiple of 8 up to
-    512). The arrays are not copied, and kept alive. Raises ``ValueError``.
+    512). With ``format`` ``"int8"`` or ``"fp8_e4m3"`` they are uint8, [slots, kv_heads, page, row]:
+    d signed bytes and the float32 that they are multiplied by, or d bytes; each row is read as q's
+    dtype, rounded once. The arrays are not copied, and kept alive. Raises ``ValueError``.
     """
 
-    def __init__(self, k: Sequence[Any], v: Sequence[Any]) -> None: ...
+    def __init__(self, k: Sequence[Any], v: Sequence[Any], format: str = "native") -> None: ...
+    @property
+    def format(self) -> str: ...
     @property
     def pools(self) -> int: ...
     @property
@@ -83,6 +87,7 @@ def rope_kv_write(
     v_pool: Any,
     slots: Any,
     offsets: Any,
+    kv_format: str,
     threads: int,
     /,
 ) -> None: ...

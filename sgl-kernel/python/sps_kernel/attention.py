@@ -51,7 +51,7 @@ def paged_attention(
         Queries; the last dim contiguous. ``Hq`` is a multiple of ``kv.kv_heads``; query head ``h``
         belongs to KV head ``h // (Hq // kv_heads)``.
     kv : KVPools
-        K and V of this layer in every pool, of q's dtype.
+        K and V of this layer in every pool, of q's dtype or quantised.
     items : [n, 8], int32, contiguous
         Columns (:data:`ITEM_FIELDS`): ``q_begin, q_count`` - rows of ``q``; ``q_pos`` - absolute
         position of the first of them, the others follow; ``list_begin, list_count`` - the item's

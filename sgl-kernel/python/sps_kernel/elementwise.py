@@ -79,6 +79,7 @@ def rope_kv_write(
     slots: Array,
     offsets: Array,
     *,
+    kv_format: str = "native",
     threads: int = 1,
 ) -> None:
     """:func:`rope`, then write the rotated k and v of each token into its page.
@@ -89,13 +90,19 @@ def rope_kv_write(
         As in :func:`rope`.
     v : [T, Hkv, d], q's dtype
     k_pool, v_pool : [slots, Hkv, page, d], q's dtype
-        This rank's pools of one layer.
+        This rank's pools of one layer; bytes where rows are quantised.
     slots, offsets : [T], int32
         Where each token goes: page slot, and token within the page. slot < 0: nowhere (padding, or
         a token whose page another rank owns); its q and k are rotated all the same.
+    kv_format : str
+        How rows lie in the pools, as :class:`KVPools` has it. ``int8``: d signed bytes, then the
+        float32 that they are multiplied by, a 127th of the row's largest size; ``fp8_e4m3``: what
+        is beyond 448 becomes 448. Both round to nearest even.
     threads : int
 
     Two tokens must not go to the same place. Raises ``ValueError`` for what does not fit; nothing
     is written then.
     """
-    _core.rope_kv_write(q, k, v, positions, cos_sin, k_pool, v_pool, slots, offsets, threads)
+    _core.rope_kv_write(
+        q, k, v, positions, cos_sin, k_pool, v_pool, slots, offsets, kv_format, threads
+    )

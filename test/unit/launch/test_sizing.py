@@ -45,7 +45,7 @@ def test_max_total_tokens_is_spread_over_ranks_and_never_cut() -> None:
 
 def test_a_share_of_free_memory_becomes_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     per_token = 2 * 2 * 2 * 16 * 2  # K and V, layers, KV heads, head_dim, bytes
-    assert sizing.kv_bytes_per_token(MODEL, 1, 2) == per_token
+    assert sizing.kv_bytes_per_token(MODEL, 1, "bfloat16") == per_token
     monkeypatch.setattr(sizing, "available_memory", lambda: per_token * 64 * 100)
     options = EngineOptions(mem_fraction_static=0.25, parallel=ParallelConfig(sp_size=5))
     assert sizing.settle(options, MODEL, Path("/m")).cache.pages_per_rank == 5
