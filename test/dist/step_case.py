@@ -14,13 +14,14 @@ from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.build import sequence_attention
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.attention.torch_sdpa import TorchBackend
+from sps_runtime.config.cache import kv_row
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.fences import ThreadFences
 from sps_runtime.distributed.mesh import Mesh, shares
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
-from sps_runtime.ops import reference
+from sps_runtime.ops import kv_rows, reference
 from sps_runtime.types.plan import SequencePlan, StepPlan
 
 LAYERS = 2
@@ -47,6 +48,7 @@ class StepCase:
     backend: AttentionBackend = field(default_factory=TorchBackend)
     dtype: torch.dtype = torch.float32
     epoch: int = 7
+    kv_format: str = "native"
 
     LAYERS: ClassVar[int] = LAYERS
 
@@ -113,8 +115,8 @@ class StepCase:
         for (start, count), q, k, v in zip(self.sequences, self.q, self.k, self.v, strict=True):
             o, _ = reference.attention(
                 q[layer],
-                k[layer],
-                v[layer],
+                self._read(k[layer]),
+                self._read(v[layer]),
                 torch.arange(start, start + count),
                 torch.arange(start + count),
                 scale=self.dim**-0.5,
@@ -130,7 +132,8 @@ class StepCase:
 
         Layer 0 has the window, layer 1 has none.
         """
-        pools = [KVPool.private(self.kv_shape(), self.dtype) for _ in range(self.sp)]
+        stored = kv_rows.storage_dtype(self.kv_format, self.dtype)
+        pools = [KVPool.private(self.kv_shape(), stored) for _ in range(self.sp)]
         for rank in range(self.sp):
             self.fill_own(pools, rank)
         world = ThreadWorld(self.sp, timeout_s=20)
@@ -144,16 +147,24 @@ class StepCase:
         return [traffic for traffic in world.run(work) if traffic]
 
     def kv_shape(self) -> KVShape:
-        return KVShape(LAYERS, SLOTS, self.kv_heads, self.page, self.dim, self.dtype.itemsize)
+        native = self.kv_format == "native"
+        itemsize, scale = (self.dtype.itemsize, 0) if native else kv_row(self.kv_format)
+        return KVShape(LAYERS, SLOTS, self.kv_heads, self.page, self.dim, itemsize, scale)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """K or V as they are read from pages."""
+        return kv_rows.decode(kv_rows.encode(x, self.kv_format), self.kv_format, self.dtype)
 
     def fill_own(self, pools: list[KVPool], rank: int) -> None:
         """Put cached KV into a rank's pool, and NaN where nothing was written: that must never be
         read."""
-        pools[rank].k.fill_(torch.nan)
-        pools[rank].v.fill_(torch.nan)
+        nothing = torch.nan if self.kv_format == "native" else 0xFF  # decodes to NaN too
+        pools[rank].k.fill_(nothing)
+        pools[rank].v.fill_(nothing)
         for (start, _), pages, k, v in zip(
             self.sequences, self.page_lists, self.k, self.v, strict=True
         ):
+            k, v = kv_rows.encode(k, self.kv_format), kv_rows.encode(v, self.kv_format)
             for position in range(start):
                 page, at = pages[position // self.page], position % self.page
                 if page // SLOTS == rank:

@@ -37,6 +37,13 @@ def test_pass_kv_ships_nothing_that_a_causal_mask_discards(
     assert physical == (logical if copy else 0)
 
 
+@pytest.mark.parametrize(("kv_format", "row"), [("int8", DIM + 4), ("fp8_e4m3", DIM)])
+def test_quantised_pages_travel_as_they_lie(kv_format: str, row: int) -> None:
+    case = fresh("pass_kv", 2, heads=6, kv_heads=3, hosts=(0, 1), kv_format=kv_format)
+    logical, physical = totals(case)
+    assert logical == physical == 3 / 4 * case.sequences[0][1] * 2 * 3 * row
+
+
 @pytest.mark.parametrize("sp", [2, 3, 4])
 def test_pass_q_contiguous(sp: int) -> None:
     case = fresh("pass_q", sp, "contiguous", heads=6, kv_heads=3)

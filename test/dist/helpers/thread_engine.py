@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext
+from sps_runtime.config.cache import kv_row
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.parallel import Arch
 from sps_runtime.distributed.communicator import Traffic
@@ -27,6 +28,7 @@ from sps_runtime.models.arena import Arena
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
+from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import StepPlan, StepResult
@@ -71,9 +73,10 @@ def make_contexts(
     """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
     must show."""
     pools = [KVPool.private(shape, dtype) for _ in range(sp * tp)]
+    nothing = torch.nan if dtype.is_floating_point else 0xFF  # quantised rows that decode to NaN
     for pool in pools:
-        pool.k.fill_(torch.nan)
-        pool.v.fill_(torch.nan)
+        pool.k.fill_(nothing)
+        pool.v.fill_(nothing)
     fences = ThreadFences(sp * tp, shape.layers, timeout_s=PATIENCE_S)
     contexts = []
     for rank in range(sp * tp):
@@ -107,6 +110,7 @@ class ThreadEngine:
         hosts: host of each SP rank; all on one unless told. Pools of other hosts are not readable,
             and each host has a board of its own.
         ops: operators and attention; the kernels, where they are installed, unless told.
+        kv_dtype: as `config.cache` has it.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class ThreadEngine:
         pages_per_rank: int = 256,
         hosts: tuple[int, ...] | None = None,
         ops: Ops | None = None,
+        kv_dtype: str = "auto",
         pipeline: bool = True,
     ) -> None:
         self.sp, self.tp = sp, tp
@@ -129,17 +134,20 @@ class ThreadEngine:
         self._queues: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(sp * tp)]
         self._waiting: dict[int, list[Answer]] = {}
         hosts = hosts or (0,) * sp
+        dtype = arena.layout.dtype
+        itemsize, scale_bytes = (dtype.itemsize, 0) if kv_dtype == "auto" else kv_row(kv_dtype)
         shape = KVShape(
             layers=config.num_layers,
             slots=pages_per_rank,
             kv_heads=config.kv_heads_per_rank(tp),
             page_size=page_size,
             head_dim=config.head_dim,
-            itemsize=arena.layout.dtype.itemsize,
+            itemsize=itemsize,
+            scale_bytes=scale_bytes,
         )
         world = ThreadWorld(sp * tp, timeout_s=PATIENCE_S)
         ops = ops or choose_ops()
-        contexts = make_contexts(world, shape, arena.layout.dtype, sp, tp, hosts, ops)
+        contexts = make_contexts(world, shape, storage_dtype(kv_dtype, dtype), sp, tp, hosts, ops)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
         self.models, self.runners = [], []
         for rank, means in enumerate(contexts):

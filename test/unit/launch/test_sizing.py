@@ -54,6 +54,21 @@ def test_a_share_of_free_memory_becomes_pages(monkeypatch: pytest.MonkeyPatch) -
         sizing.settle(options, MODEL, Path("/m"))
 
 
+def test_quantised_pages_are_smaller_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 24)
+    pages = {}
+    for wanted in ("auto", "bf16", "int8", "fp8_e4m3"):
+        options = EngineOptions(mem_fraction_static=0.5, kv_cache_dtype=wanted)
+        pages[wanted] = sizing.settle(options, MODEL, Path("/m")).cache
+    assert pages["auto"] == pages["bf16"] and pages["auto"].kv_dtype == "bfloat16"
+    rows = {name: 2 * 2 * 2 * row * 64 for name, row in (("int8", 20), ("fp8_e4m3", 16))}
+    for name, page_bytes in rows.items():
+        assert pages[name].kv_dtype == name
+        assert pages[name].pages_per_rank == (1 << 23) // page_bytes
+    with pytest.raises(ConfigError, match="does not go with"):
+        sizing.settle(EngineOptions(kv_cache_dtype="float32"), MODEL, Path("/m"))
+
+
 def test_unless_told_the_pool_is_capped() -> None:
     config = sizing.settle(EngineOptions(), MODEL, Path("/m"))
     assert config.max_total_tokens <= sizing.DEFAULT_TOKENS_CAP
