@@ -1,0 +1,107 @@
+"""From estimated masses to the pages that a query block reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How pages are chosen; part of the fidelity of what is written under it.
+
+    Attributes:
+        tau: the estimated share of a query block's attention that may be dropped; 0 keeps all.
+        budget: at most this share of the pages up to the block (the always-kept ones included).
+        minimum: at least this many pages, the block's own included.
+        sink: pages always kept at the beginning.
+        window: pages always kept just before the block.
+        dispersed: every n-th page always kept; 0 for none.
+        block: tokens of a query block, a multiple of the page; blocks begin at its multiples.
+        representatives: rows of a block that are scored, for each query head; 0 for all.
+        reduce: a page's share among a block's rows and the heads of its KV head is the largest, or
+            the mean.
+    """
+
+    tau: float = 0.05
+    budget: float = 1.0
+    minimum: int = 8
+    sink: int = 1
+    window: int = 2
+    dispersed: int = 0
+    block: int = 64
+    representatives: int = 0
+    reduce: Literal["max", "mean"] = "max"
+
+
+def representatives(q_KGTD: Tensor, count: int) -> Tensor:
+    """Evenly spaced rows of a block, the last among them ``[kv_heads, group, count, head_dim]``."""
+    return q_KGTD[:, :, representative_rows(q_KGTD.shape[2], count)]
+
+
+def representative_rows(tokens: int, count: int) -> Tensor:
+    """Which rows `representatives` takes; all where count is 0 or as large as the block."""
+    if count <= 0 or count >= tokens:
+        return torch.arange(tokens)
+    return torch.arange(1, count + 1) * tokens // count - 1
+
+
+def always_kept(pages: int, settings: SelectionSettings) -> Tensor:
+    """Bool ``[pages]``: which of the pages before a block are kept without asking."""
+    kept = torch.zeros(pages, dtype=torch.bool)
+    kept[: settings.sink] = True
+    kept[max(0, pages - settings.window) :] = True
+    if settings.dispersed:
+        kept[:: settings.dispersed] = True
+    return kept
+
+
+def page_shares(
+    log_mass_KGRN: Tensor, own_lse_KGR: Tensor, reduce: Literal["max", "mean"] = "max"
+) -> Tensor:
+    """Each page's estimated share of the attention of a query block: fp32 ``[kv_heads, pages]``.
+
+    Args:
+        log_mass_KGRN: what an estimator says of the pages before the block.
+        own_lse_KGR: exact log mass that each row finds in its own block, which lies on its rank.
+    """
+    rows, scored = log_mass_KGRN.shape[2], own_lse_KGR.shape[2]
+    each = -(-scored // rows)
+    padded = own_lse_KGR[:, :, torch.arange(rows * each).clamp_max(scored - 1)]
+    own = padded.unflatten(2, (rows, each)).mean(-1)
+    total = torch.logaddexp(own, log_mass_KGRN.logsumexp(-1))
+    share = torch.exp(log_mass_KGRN - total[..., None]).flatten(1, 2)
+    return share.amax(1) if reduce == "max" else share.mean(1)
+
+
+def select(share_KN: Tensor, own_pages: int, settings: SelectionSettings) -> Tensor:
+    """The smallest set of pages whose complement has an estimated share of at most tau.
+
+    A pure function of the block's absolute place (through the number of pages before it), shares
+    and settings. Of equal shares the earlier page goes first. With `reduce="max"` a dropped set's
+    sum of largest shares bounds every row's.
+
+    Args:
+        share_KN: of `page_shares`, for the pages before the block.
+        own_pages: pages of the block itself; always read, and counted by budget and minimum.
+
+    Returns:
+        bool ``[kv_heads, pages]``, True where the block reads the page.
+    """
+    heads, pages = share_KN.shape
+    if settings.tau <= 0 and settings.budget >= 1:
+        return torch.ones(heads, pages, dtype=torch.bool)
+    always = always_kept(pages, settings)
+    ranked = share_KN.masked_fill(always, torch.inf).sort(dim=-1, descending=True, stable=True)
+    order, share = ranked.indices, ranked.values
+    rest = share.masked_fill(share.isposinf(), 0.0).flip(-1).cumsum(-1).flip(-1)
+    wanted = (rest > settings.tau).sum(-1) if settings.tau > 0 else torch.full((heads,), pages)
+    most = max(settings.minimum, math.ceil(settings.budget * (pages + own_pages))) - own_pages
+    least = max(int(always.sum()), settings.minimum - own_pages)
+    count = wanted.clamp(max=most).clamp(min=least)
+    kept = torch.arange(pages)[None] < count[:, None]
+    return torch.zeros(heads, pages, dtype=torch.bool).scatter_(1, order, kept)
