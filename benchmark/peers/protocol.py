@@ -47,7 +47,11 @@ class Adapter(Protocol):
 
 
 class Worker:
-    """An adapter in its own process: `start` it, `call` it, `close` it."""
+    """An adapter in its own process: `start` it, `call` it, `close` it.
+
+    It has a process group, so that all of it can be stopped and ended, but no session of its own:
+    the scheduler of Linux shares processors out by session, and would treat it unlike ours.
+    """
 
     def __init__(
         self, command: Sequence[str], environment: dict[str, str], log: Path | None = None
@@ -60,7 +64,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log or subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
         )
         self._buffer = b""
 

@@ -5,13 +5,16 @@ MODULE is a file of `peers.adapters` whose `make()` returns the adapter.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import IO, Any
 
+PR_SET_PDEATHSIG = 1
 METHODS = frozenset({"prepare", "start", "generate", "stop", "api"})
 
 
@@ -44,7 +47,13 @@ def own_stdout() -> IO[str]:
     return replies
 
 
+def end_with_parent() -> None:
+    """Be killed when the benchmark dies: a worker that it had stopped would stay for ever."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     replies = own_stdout()
     adapter = importlib.import_module(f"peers.adapters.{sys.argv[1]}").make()
     serve(adapter, sys.stdin, replies)
