@@ -31,7 +31,7 @@ from make_model import make_model
 
 POLL_S, TOKENIZE_S = 0.05, 0.2
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
-STREAMS, DECODED = 4, 33
+STREAMS, DECODED = 4, 25
 SETTINGS = ("none", "bound", "bound_http_nice", "bound_tokenizer_nice")
 NICE = 10
 THEIR_OWN = {"MALLOC_PERTURB_": "0"}
@@ -200,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.load:
         return load(args.load)
-    length = 512 if args.quick else 2048
+    length = 512 if args.quick else 1024
     rng = random.Random(0)
     figures: dict[str, float] = {}
     raw: dict[str, Any] = {}
