@@ -60,7 +60,7 @@ def threads_of(pid: int) -> list[int]:
 def apply(server: Server, setting: str) -> None:
     """Bind and prioritise every thread of a living server's processes."""
     everywhere = os.sched_getaffinity(0)
-    cores = sorted(everywhere)
+    cores, usual = sorted(everywhere), os.getpriority(os.PRIO_PROCESS, 0)
     number = 0
     for pid in sorted(children(server.process.pid)):
         kind, bound = role(pid), everywhere
@@ -71,7 +71,7 @@ def apply(server: Server, setting: str) -> None:
             tokenizes = thread != pid and not comm(pid, thread).startswith("ZMQ")
             low = setting == "bound_http_nice" or (setting == "bound_tokenizer_nice" and tokenizes)
             os.sched_setaffinity(thread, bound)
-            os.setpriority(os.PRIO_PROCESS, thread, NICE if low and kind == "http" else 0)
+            os.setpriority(os.PRIO_PROCESS, thread, usual + NICE * (low and kind == "http"))
 
 
 def load(port: int) -> None:
