@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sps_runtime.types.errors import ConfigError
 
+MAPPED_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 
 
@@ -37,7 +38,8 @@ class TensorSource(Protocol):
 class SafetensorsCheckpoint:
     """The safetensors files of a Hugging Face directory, single or sharded with an index.
 
-    Files are mapped, not read: a tensor's bytes come in when it is copied.
+    Files are mapped, not read: a tensor's bytes come in when it is copied. They would count as this
+    process's memory as long as their file is mapped, so maps are closed every `MAPPED_BYTES`.
 
     Raises:
         ConfigError: when there are no such files, or one is broken.
@@ -46,6 +48,7 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open: dict[str, safe_open] = {}
+        self._read_bytes = 0
         self._file_of = self._files_of_index() or self._files_of_directory()
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -59,6 +62,10 @@ class SafetensorsCheckpoint:
             )
         if not tensor.is_floating_point():
             raise ConfigError(f"{self.directory}: tensor {name} is {tensor.dtype}: quantized?")
+        self._read_bytes += tensor.nbytes
+        if self._read_bytes >= MAPPED_BYTES:
+            self._open.clear()
+            self._read_bytes = 0
         return tensor
 
     def identity(self) -> str:
