@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sps_runtime import __version__
-from sps_runtime.config.environment import own_allocator_settings
+from sps_runtime.config.environment import own_allocator_settings, weight_cache_dir
 from sps_runtime.launch.binding import bind
 from sps_runtime.launch.sizing import available_memory
 from sps_runtime.launch.topology import format_cpus, read_topology
@@ -53,6 +53,7 @@ def examine() -> list[Finding]:
         *_cpu_features(),
         _torch(),
         _kernels(),
+        _weight_cache(),
         *_gpus(),
         *_backends(),
     ]
@@ -129,7 +130,7 @@ def _torch() -> Finding:
 
 
 def _kernels() -> Finding:
-    cost = "attention and small products run as torch operators, several times slower"
+    cost = "attention and products run as torch operators, several times slower; no --quantization"
     if importlib.util.find_spec("sps_kernel") is None:
         how = "install a C++ compiler and run `pip install ./sgl-kernel`"
         return Finding("missing", "sps-kernel", "not installed", f"{cost}; {how}")
@@ -138,6 +139,16 @@ def _kernels() -> Finding:
     except (ImportError, OSError) as error:
         return Finding("missing", "sps-kernel", f"does not load: {error}", cost)
     return Finding("ok", "sps-kernel", _version("sps-kernel"))
+
+
+def _weight_cache() -> Finding:
+    directory = weight_cache_dir("auto")
+    if not directory:
+        cost = "weights are packed anew at each start: no HOME; use --weight-cache-dir"
+        return Finding("note", "weight cache", "no place for it", cost)
+    sizes = [file.stat().st_size for file in Path(directory).glob("*.weights")]
+    held = f"{len(sizes)} files, {sum(sizes) / 1e9:.1f} GB; remove what you like"
+    return Finding("ok", "weight cache", f"{directory} ({held})")
 
 
 def _gpus() -> list[Finding]:
