@@ -104,6 +104,33 @@ def test_selection_does_not_depend_on_chunks(
     torch.testing.assert_close(o, whole.o_THD, atol=1e-5, rtol=1e-5)
 
 
+@settings(max_examples=12, deadline=None)
+@given(seed=seeds, tau=st.floats(0.0, 0.3), budget=st.floats(0.1, 0.9))
+def test_blocks_of_a_superblock_share_what_they_fetch(seed: int, tau: float, budget: float) -> None:
+    tokens, wide = 15 * PAGE + 3, 4 * PAGE
+    q, k, v = draw(seed, tokens)
+    setting = chosen(tau=tau, budget=budget, fetch_block=wide)
+    whole = run(q, k, v, SketchedKeys(), setting)
+    for first in range(0, 16, 4):
+        sets = [kept[:, :first] for number, kept in whole.kept if first <= number < first + 4]
+        most = max(2, -(-budget * first // 1))
+        assert int(torch.stack(sets).any(0).sum(-1).max()) <= most or first == 0
+    parts = [
+        run(q[a:b], k[:b], v[:b], SketchedKeys(), setting, start=a)
+        for a, b in ((0, wide), (wide, 3 * wide), (3 * wide, tokens))
+    ]
+    kept = [item for part in parts for item in part.kept]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(kept, whole.kept, strict=True))
+    with pytest.raises(ValueError, match="does not begin with a block"):
+        run(q[PAGE:], k, v, SketchedKeys(), setting, start=PAGE)
+
+
+def test_superblocks_keep_everything_at_tau_zero() -> None:
+    q, k, v = draw(2, 9 * PAGE + 5)
+    found = run(q, k, v, MeanKey(), chosen(tau=0.0, fetch_block=2 * PAGE))
+    torch.testing.assert_close(found.o_THD, exact(q, k, v)[0], atol=2e-6, rtol=1e-5)
+
+
 def test_a_chunk_inside_a_block_is_refused() -> None:
     q, k, v = draw(0, 2 * PAGE)
     with pytest.raises(ValueError, match="does not begin with a block"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from sps_runtime.ops.merge_state import merge_state
 from sps_runtime.sparse.estimators.protocol import Estimator
 from sps_runtime.sparse.selection import (
     SelectionSettings,
+    narrow,
     page_shares,
     representative_rows,
     select,
@@ -49,58 +51,97 @@ def sparse_attention(
     """Causal attention of rows ``start`` to ``start + tokens`` over pages that are selected.
 
     Args:
-        q_THD: ``[tokens, heads, head_dim]`` of a chunk that begins at a multiple of the block.
+        q_THD: ``[tokens, heads, head_dim]`` of a chunk that begins at a multiple of the block (of
+            the superblock, if any) and ends at one or with the prompt.
         k_SKD, v_SKD: ``[start + tokens, kv_heads, head_dim]``, all keys up to the chunk's end.
         summaries: of the pages before the chunk's last block at least.
         estimator: None keeps all pages.
         tail: a kind of `tail_partial`, or ``none``.
 
     Raises:
-        ValueError: when the chunk does not begin with a query block.
+        ValueError: when the chunk does not begin with a query block or superblock.
     """
-    if start % settings.block or settings.block % page_size:
-        raise ValueError(f"a chunk at {start} does not begin with a block of {settings.block}")
+    wide = settings.fetch_block or settings.block
+    if start % wide or settings.block % page_size or wide % settings.block:
+        raise ValueError(f"a chunk at {start} does not begin with a block of {wide}")
     kv_heads = k_SKD.shape[1]
     q = q_THD.float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) * scale
     k_pages, counts = paged(k_SKD.float(), page_size)
     v_pages, _ = paged(v_SKD.float(), page_size)
+    end = start + q.shape[2]
     result = SparseResult(torch.empty_like(q), q.new_empty(q.shape[:3]))
-    for begin in range(start, start + q.shape[2], settings.block):
-        rows = slice(begin - start, begin - start + settings.block)
-        before, end = begin // page_size, (begin + settings.block) // page_size
-        block = q[:, :, rows]
-        own = own_block(block, k_pages[before:end], v_pages[before:end], counts[before:end])
-        pages = summaries.first(before)
-        kept = choose(block, own[1], pages, estimator, settings)
-        o, lse = merge_state(*own, *kept_partial(block, k_pages, v_pages, kept))
-        if tail != "none" and not bool(kept.all()):
-            o, lse = merge_state(o, lse, *tail_partial(block, pages, kept, tail))
-        result.o_THD[:, :, rows], result.lse_TH[:, :, rows] = o, lse
-        result.kept.append((begin // settings.block, kept))
+    for first in range(start, end, wide):
+        blocks = [
+            Block.of(q[:, :, at - start :], at, k_pages, v_pages, counts, settings.block)
+            for at in range(first, min(first + wide, end), settings.block)
+        ]
+        chosen = choose(blocks, summaries, estimator, settings)
+        for block, kept in zip(blocks, chosen, strict=True):
+            o, lse = block.attend(k_pages, v_pages, summaries, kept, tail)
+            rows = slice(block.start - start, block.start - start + settings.block)
+            result.o_THD[:, :, rows], result.lse_TH[:, :, rows] = o, lse
+            result.kept.append((block.start // settings.block, kept))
     result.o_THD = result.o_THD.permute(2, 0, 1, 3).flatten(1, 2)
     result.lse_TH = result.lse_TH.permute(2, 0, 1).flatten(1)
     return result
 
 
+@dataclass(frozen=True)
+class Block:
+    """A query block: its first position, scaled queries, pages before it, its own partial."""
+
+    start: int
+    q_KGTD: Tensor
+    before: int
+    own_pages: int
+    own: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(
+        cls, q_KGTD: Tensor, start: int, k: Tensor, v: Tensor, counts: Tensor, tokens: int
+    ) -> Block:
+        """The block at `start`, from queries that begin there and all pages."""
+        page_size, q = k.shape[2], q_KGTD[:, :, :tokens]
+        own = slice(start // page_size, (start + tokens) // page_size)
+        partial = own_block(q, k[own], v[own], counts[own])
+        return cls(start, q, own.start, tokens // page_size, partial)
+
+    def shares(
+        self, summaries: PageSummaries, estimator: Estimator, settings: SelectionSettings
+    ) -> Tensor:
+        """What the estimator says of the pages before: ``[kv_heads, pages]``."""
+        rows = representative_rows(self.q_KGTD.shape[2], settings.representatives)
+        mass = estimator.log_mass(self.q_KGTD[:, :, rows], summaries.first(self.before))
+        return page_shares(mass, self.own[1][:, :, rows], settings.reduce)
+
+    def attend(
+        self, k: Tensor, v: Tensor, summaries: PageSummaries, kept_KN: Tensor, tail: str
+    ) -> tuple[Tensor, Tensor]:
+        """The merged partials over own pages, kept ones and the tail."""
+        o, lse = merge_state(*self.own, *kept_partial(self.q_KGTD, k, v, kept_KN))
+        if tail == "none" or bool(kept_KN.all()):
+            return o, lse
+        pages = summaries.first(self.before)
+        return merge_state(o, lse, *tail_partial(self.q_KGTD, pages, kept_KN, tail))
+
+
 def choose(
-    block_KGTD: Tensor,
-    own_lse_KGT: Tensor,
-    pages: PageSummaries,
+    blocks: Sequence[Block],
+    summaries: PageSummaries,
     estimator: Estimator | None,
     settings: SelectionSettings,
-) -> Tensor:
-    """bool ``[kv_heads, pages]``: the pages before a query block that it reads."""
-    if estimator is None or pages.pages == 0:
-        return torch.ones(block_KGTD.shape[0], pages.pages, dtype=torch.bool)
-    rows = representative_rows(block_KGTD.shape[2], settings.representatives)
-    mass = estimator.log_mass(block_KGTD[:, :, rows], pages)
-    share = page_shares(mass, own_lse_KGT[:, :, rows], settings.reduce)
-    return select(share, settings.block // block_pages(settings, pages), settings)
-
-
-def block_pages(settings: SelectionSettings, pages: PageSummaries) -> int:
-    """Tokens of a page: pages before a block are full."""
-    return int(pages.counts_N[0]) if pages.pages else settings.block
+) -> list[Tensor]:
+    """bool ``[kv_heads, pages before]`` for each block of a superblock: the pages that it reads."""
+    heads = blocks[0].q_KGTD.shape[0]
+    if estimator is None:
+        return [torch.ones(heads, block.before, dtype=torch.bool) for block in blocks]
+    empty = torch.zeros(heads, 0)
+    shares = [
+        block.shares(summaries, estimator, settings) if block.before else empty for block in blocks
+    ]
+    if settings.fetch_block:
+        shares = narrow(shares, blocks[0].before, settings)
+    return [select(s, b.own_pages, settings) for s, b in zip(shares, blocks, strict=True)]
 
 
 def own_block(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,9 @@ class SelectionSettings:
         window: pages always kept just before the block.
         dispersed: every n-th page always kept; 0 for none.
         block: tokens of a query block, a multiple of the page; blocks begin at its multiples.
+        fetch_block: tokens of a superblock, a multiple of the block, within which all blocks read
+            the same pages of those before it, or fewer: what a rank fetches is bounded by budget
+            times its superblocks, however many blocks they have. 0 for none.
         representatives: rows of a block that are scored, for each query head; 0 for all.
         reduce: a page's share among a block's rows and the heads of its KV head is the largest, or
             the mean.
@@ -34,6 +38,7 @@ class SelectionSettings:
     window: int = 2
     dispersed: int = 0
     block: int = 64
+    fetch_block: int = 0
     representatives: int = 0
     reduce: Literal["max", "mean"] = "max"
 
@@ -94,14 +99,36 @@ def select(share_KN: Tensor, own_pages: int, settings: SelectionSettings) -> Ten
     """
     heads, pages = share_KN.shape
     if settings.tau <= 0 and settings.budget >= 1:
-        return torch.ones(heads, pages, dtype=torch.bool)
-    always = always_kept(pages, settings)
+        return ~share_KN.isneginf()
+    always = always_kept(pages, settings)[None] & ~share_KN.isneginf()
     ranked = share_KN.masked_fill(always, torch.inf).sort(dim=-1, descending=True, stable=True)
     order, share = ranked.indices, ranked.values
-    rest = share.masked_fill(share.isposinf(), 0.0).flip(-1).cumsum(-1).flip(-1)
+    rest = share.masked_fill(share.isinf(), 0.0).flip(-1).cumsum(-1).flip(-1)
     wanted = (rest > settings.tau).sum(-1) if settings.tau > 0 else torch.full((heads,), pages)
     most = max(settings.minimum, math.ceil(settings.budget * (pages + own_pages))) - own_pages
-    least = max(int(always.sum()), settings.minimum - own_pages)
-    count = wanted.clamp(max=most).clamp(min=least)
-    kept = torch.arange(pages)[None] < count[:, None]
+    least = always.sum(-1).clamp_min(settings.minimum - own_pages)
+    count = torch.maximum(wanted.clamp(max=most), least)
+    kept = (torch.arange(pages)[None] < count[:, None]) & ~share.isneginf()
     return torch.zeros(heads, pages, dtype=torch.bool).scatter_(1, order, kept)
+
+
+def narrow(shares: Sequence[Tensor], before: int, settings: SelectionSettings) -> list[Tensor]:
+    """Give the blocks of a superblock one set of pages before it to choose from.
+
+    A page's share for the superblock is the largest that it has for any of its blocks.
+
+    Args:
+        shares: ``[kv_heads, pages before the block]`` of each block, in order.
+        before: pages before the superblock.
+
+    Returns:
+        The shares, -inf for the pages outside the common set; `select` never keeps those.
+    """
+    if before == 0:
+        return list(shares)
+    largest = torch.stack([share[:, :before] for share in shares]).amax(0)
+    common = select(largest, 0, settings)
+    narrowed = [share.clone() for share in shares]
+    for share in narrowed:
+        share[:, :before].masked_fill_(~common, -torch.inf)
+    return narrowed
