@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_case import DTYPES, NAN, Case, compare
+from attention_case import DTYPES, NAN, Case, compare, randint
 from reference import attention_ref
 from sps_kernel import KVPools, paged_attention
 
@@ -91,6 +91,28 @@ def test_sparse_lists(isa, dtype):
     case.items[0, 4] = 3
     case.check()
     case.check(window=8)
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_list_for_each_block_and_head(isa, dtype, threads):
+    """Some tenth of the pages, others for each block of queries and each KV head."""
+    block, page, cached, new = 32, 16, 500, 150
+    case = Case(dtype, 64, kv_heads=3, group=7, page=page, lengths=((new, cached),))
+    order = case.page_pos.argsort()
+    items, chosen = [], []
+    for begin in range(0, new, block):
+        count = min(block, new - begin)
+        first, last = (cached + begin) // page, (cached + begin + count - 1) // page
+        for head in range(3):
+            picked = torch.randperm(first)[: randint(0, 8)].tolist() + list(range(first, last + 1))
+            items.append([begin, count, cached + begin, len(chosen), len(picked), new + cached])
+            items[-1] += [head, 1]
+            chosen += picked
+    case.items = torch.tensor(items, dtype=torch.int32)
+    index = order[torch.tensor(chosen)]
+    case.page_ids, case.page_pos = case.page_ids[index], case.page_pos[index]
+    case.check(threads=threads)
 
 
 @DTYPES

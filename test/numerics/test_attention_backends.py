@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from sps_runtime.attention.backend import AttentionBackend, PagePool, QueryRun
+from sps_runtime.attention.backend import AttentionBackend, PageLists, PagePool, QueryRun
 from sps_runtime.attention.cpu import KernelBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops import reference
@@ -91,3 +91,47 @@ def test_a_pool_that_cannot_be_read_may_stand_anywhere(name: str) -> None:
         torch.randn(1, 1, 8), [run], PagePool([empty, some], [empty, some], 3), scale=1.0
     )
     assert got.o.isfinite().all() and got.lse.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["torch", "sps_kernel"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_list_for_each_block_and_kv_head(name: str, window: int | None) -> None:
+    """Random lists in random order; some are empty, and one (block, head) is in no item."""
+    backend, rng = backend_of(name), random.Random(window)
+    generator = torch.Generator().manual_seed(5)
+    page, dim, kv_heads, group, start, count, block = 16, 16, 2, 3, 100, 90, 32
+    length = start + count
+    total = -(-length // page)
+    k, v = (torch.randn(SLOTS, kv_heads, page, dim, generator=generator) for _ in range(2))
+    slots = rng.sample(range(SLOTS), total)
+    q = torch.randn(count, kv_heads * group, dim, generator=generator)
+    items, chosen, want = [], [], []
+    for row in range(0, count, block):
+        rows = min(block, count - row)
+        for head in range(kv_heads):
+            if (row, head) == (block, 1):
+                continue
+            pages = rng.sample(range(total), rng.choice((0, 3, total)))
+            items.append((row, rows, start + row, len(chosen), len(pages), length, head, 1))
+            chosen += pages
+            want.append((slice(row, row + rows), head, sorted(pages)))
+    lists = PageLists(
+        torch.tensor(items, dtype=torch.int32),
+        torch.tensor([slots[page] for page in chosen], dtype=torch.int32),
+        torch.tensor(chosen, dtype=torch.int32) * page,
+    )
+    got = backend.partial_lists(q, lists, PagePool([k], [v], SLOTS), scale=0.25, window=window)
+    o, lse = torch.zeros(q.shape), torch.full(q.shape[:2], -torch.inf)
+    whole = torch.tensor(slots, dtype=torch.int32)
+    sides = [reference.gather_pages([side], SLOTS, whole, length) for side in (k, v)]
+    for rows, head, pages in want:
+        keys = torch.tensor(
+            [i for p in pages for i in range(p * page, min(length, p * page + page))]
+        )
+        keys, cut = keys.long(), (rows, slice(head * group, (head + 1) * group))
+        o[cut], lse[cut] = reference.attention(
+            q[cut], *(side[keys, head : head + 1] for side in sides),
+            torch.arange(start, length)[rows], keys, scale=0.25, window=window,
+        )  # fmt: skip
+    torch.testing.assert_close(got.o, o, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.lse, lse, rtol=0, atol=1e-5)

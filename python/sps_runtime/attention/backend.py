@@ -53,6 +53,23 @@ class QueryRun:
 
 
 @dataclass(frozen=True)
+class PageLists:
+    """Lists of pages, one for each (block of queries, range of KV heads): what sparse attention
+    reads. Arrays, so that a step's thousands of lists are made without a loop in Python.
+
+    Attributes:
+        items: int32 ``[n, 8]``: first row and rows of the block, position of its first row; first
+            and number of its list's entries in `page_ids`; kv_len as in `QueryRun`; first and
+            number of its KV heads. No (row, head) is in two items.
+        page_ids, page_positions: int32 ``[entries]``, as in `QueryRun`, in any order.
+    """
+
+    items: Tensor
+    page_ids: Tensor
+    page_positions: Tensor
+
+
+@dataclass(frozen=True)
 class Partial:
     """A partial attention: normalised output and its natural-log weight.
 
@@ -89,6 +106,23 @@ class AttentionBackend(Protocol):
             window: keys at positions <= query position - window are not seen.
             kv_heads: (begin, end) of the pool's KV heads that the query heads belong to; all
                 unless told.
+        """
+        ...
+
+    def partial_lists(
+        self,
+        q_THD: Tensor,
+        lists: PageLists,
+        pool: PagePool,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Partial:
+        """As `partial`, with a list of its own for each block of queries and KV head.
+
+        Args:
+            q_THD: ``[tokens, heads, head_dim]``, all heads of the pool's KV heads; (token, head)
+                pairs in no item get (0, -inf).
         """
         ...
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import PagePool, Partial, QueryRun
+from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
 from sps_runtime.ops.kv_rows import row_format
 
 _REMEMBERED = 8
@@ -88,6 +88,30 @@ class KernelBackend:
             packed.items,
             packed.page_ids,
             packed.page_positions,
+            out=o_THD,
+            lse=lse_TH,
+            scale=scale,
+            window=window or 0,
+            threads=self._threads,
+        )
+        return Partial(o_THD, lse_TH)
+
+    def partial_lists(
+        self,
+        q_THD: Tensor,
+        lists: PageLists,
+        pool: PagePool,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Partial:
+        o_THD, lse_TH = _empty(q_THD)
+        self._kernels.paged_attention(
+            q_THD,
+            self._pools(pool, None, q_THD.shape[2]),
+            lists.items,
+            lists.page_ids,
+            lists.page_positions,
             out=o_THD,
             lse=lse_TH,
             scale=scale,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import PagePool, Partial, QueryRun
+from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
 from sps_runtime.ops.kv_rows import decode, row_format
 from sps_runtime.ops.merge_state import merge_state, merge_states
 
@@ -43,6 +43,29 @@ class TorchBackend:
                 rows = slice(run.row + begin, run.row + begin + count)
                 block = _Block(q_THD[rows], run, run.position + begin, scale, window, kv_heads)
                 o_THD[rows], lse_TH[rows] = block.attend(pool)
+        return Partial(o_THD, lse_TH)
+
+    def partial_lists(
+        self,
+        q_THD: Tensor,
+        lists: PageLists,
+        pool: PagePool,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Partial:
+        o_THD = torch.zeros(q_THD.shape, dtype=torch.float32)
+        lse_TH = torch.full(q_THD.shape[:2], -torch.inf)
+        group = q_THD.shape[1] // next(k for k in pool.k if k.numel()).shape[1]
+        for row, count, position, begin, pages, kv_len, kv, kv_count in lists.items.tolist():
+            cut = (slice(row, row + count), slice(kv * group, (kv + kv_count) * group))
+            entries = slice(begin, begin + pages)
+            ids, starts = lists.page_ids[entries], lists.page_positions[entries]
+            run = QueryRun(0, count, position, ids, starts, kv_len)
+            q = q_THD[cut].contiguous()
+            heads = (kv, kv + kv_count)
+            part = self.partial(q, [run], pool, scale=scale, window=window, kv_heads=heads)
+            o_THD[cut], lse_TH[cut] = part.o, part.lse
         return Partial(o_THD, lse_TH)
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:

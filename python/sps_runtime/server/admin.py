@@ -77,6 +77,7 @@ async def server_info(call: Call) -> ASGIApp:
             **{k: v for k, v in engine.items() if not isinstance(v, dict)},
             **engine["parallel"],
             **engine["cache"],
+            "kv_cache_dtype": engine["cache"]["kv_dtype"],
             **engine["scheduler"],
             "served_model_name": service.model_name,
             "version": sps_runtime.__version__,
