@@ -15,11 +15,13 @@ import torch
 import sps_kernel
 
 
-def arguments(doc: str | None) -> argparse.Namespace:
-    """``--quick`` and ``--json FILE``; sets torch to one thread."""
+def arguments(doc: str | None, **flags: str) -> argparse.Namespace:
+    """``--quick``, ``--json FILE`` and `flags` (name: help); sets torch to one thread."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases")
     parser.add_argument("--json", type=Path, help="write machine, commit, figures and raw times")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     torch.set_num_threads(1)
     return parser.parse_args()
 
