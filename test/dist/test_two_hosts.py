@@ -92,6 +92,20 @@ def test_same_tokens_as_one_rank(
     assert got == [answer["output_ids"] for answer in want]
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
+def test_quantised_kv_travels(
+    hosts: TwoHosts, model: Path, prompts: list[list[int]], kv_dtype: str
+) -> None:
+    serve(hosts, model, "--sp-strategy", "pass-kv", "--kv-cache-dtype", kv_dtype)
+    body = {"input_ids": prompts, "sampling_params": sampling(NEW_TOKENS)}
+    got = [answer["output_ids"] for answer in ask(hosts, body)]
+    with Engine(
+        str(model), dtype="float32", max_total_tokens=4096, kv_cache_dtype=kv_dtype
+    ) as engine:
+        want = engine.generate(input_ids=prompts, sampling_params=sampling(NEW_TOKENS))
+    assert got == [answer["output_ids"] for answer in want]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_hosts_die_together(
     hosts: TwoHosts, model: Path, prompts: list[list[int]], victim: int

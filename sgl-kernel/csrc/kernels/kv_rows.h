@@ -51,6 +51,35 @@ static inline void decode_row(const char* row, int d, char* dst) {
   }
 }
 
+#ifdef SPS_WIDE_REGISTERS
+// Every fp8 is a bfloat16: normal ones by moving their exponent, the eight others from a table.
+static inline __m512i fp8_to_bf16(__m256i codes) {
+  const __m512i subnormals = _mm512_castsi128_si512(
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  const __m512i low = _mm512_set1_epi16(0x7f), w = _mm512_cvtepu8_epi16(codes);
+  const __m512i size = _mm512_and_si512(w, low);
+  const __m512i sign = _mm512_slli_epi16(_mm512_andnot_si512(low, w), 8);
+  __m512i x = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+  x = _mm512_mask_permutexvar_epi16(x, _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8)), size,
+                                    subnormals);
+  x = _mm512_mask_mov_epi16(x, _mm512_cmpeq_epi16_mask(size, low), _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(x, sign);
+}
+
+template <>
+inline void decode_row<Fp8Row, 2>(const char* row, int d, char* dst) {
+  int i = 0;
+  for (; i + 32 <= d; i += 32) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
+    _mm512_storeu_si512(dst + 2 * i, fp8_to_bf16(codes));
+  }
+  for (; i < d; ++i) {
+    const uint16_t h = float_to_bf16(Fp8Row::get(row + i));
+    __builtin_memcpy(dst + 2 * i, &h, 2);
+  }
+}
+#endif
+
 // The step between values is the largest / 127, so the largest is met exactly. Rows of next to
 // nothing (their step's inverse would overflow) become zeros.
 static inline void encode_int8(const float* x, int d, char* row) {
