@@ -82,7 +82,8 @@ struct V16 {
         _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
   }
   static reg load_i8(const void* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
   // fp8 e4m3, by way of a float16 that is 256 times smaller.
   static reg load_fp8(const void* p) {
