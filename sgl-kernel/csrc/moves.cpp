@@ -43,6 +43,16 @@ void convert(const CopyParams& p) {
     }
 }
 
+template <class T>
+void accumulate(const CopyParams& p) {
+  for (int64_t i = 0; i < p.n; ++i)
+    for (int64_t j = 0; j < p.m; ++j) {
+      const char* src = p.src + i * p.src_i + j * p.src_j;
+      char* dst = p.dst + i * p.dst_i + j * p.dst_j;
+      for (int64_t c = 0; c < p.dim; ++c) T::put(dst, c, T::get(dst, c) + T::get(src, c));
+    }
+}
+
 int64_t integer(const char* p, bool wide, int64_t i) {
   if (wide) {
     int64_t x;
@@ -78,6 +88,8 @@ void copy(const CopyParams& p) {
     for (int64_t j = 0; j < p.m; ++j)
       std::memcpy(p.dst + i * p.dst_i + j * p.dst_j, p.src + i * p.src_i + j * p.src_j, bytes);
 }
+
+void add(const CopyParams& p) { p.dst_bf16 ? accumulate<Bf16>(p) : accumulate<F32>(p); }
 
 void look_up(const LookUpParams& p) {
   for (int64_t i = 0; i < p.n; ++i) {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sps_kernel import Program, copy, look_up, rope_angles, sum_parts
+from sps_kernel import Program, add, copy, look_up, rope_angles, sum_parts
 
 FLOATS = [torch.float32, torch.bfloat16]
 
@@ -35,6 +35,14 @@ def test_copy(of: torch.dtype, to: torch.dtype) -> None:
     wide = torch.full((5, 90), 3.0).to(to)
     copy(x[:, 2, :], wide[:, 50:])
     assert same(wide[:, 50:], x[:, 2].to(to)) and bool((wide[:, :50] == 3.0).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_add(dtype: torch.dtype) -> None:
+    x, y = noise(5, 6, 40, dtype=dtype), noise(5, 6, 40, dtype=dtype)
+    for src, out in ((x, y), (x[1:4, 2:5, 3:36], y[:3, 1:4, 7:]), (x[:, 1], y[:, 5])):
+        wanted = (out.float() + src.float()).to(dtype)
+        assert same(add(src, out), wanted)
 
 
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
@@ -85,6 +93,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for call in (
         lambda: copy(x, torch.zeros(3, 5)),
         lambda: copy(x, torch.zeros(3, 4, dtype=torch.float64)),
+        lambda: add(x, x.bfloat16()),
         lambda: copy(x.T, torch.zeros(4, 3)),
         lambda: look_up(torch.zeros(2), x),
         lambda: look_up(torch.zeros(2, dtype=torch.int32), x, out=torch.zeros(2, 5)),

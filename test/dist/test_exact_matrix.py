@@ -1,7 +1,7 @@
 """The same greedy tokens at every degree: the whole matrix, ranks as threads of this process.
 
 Every cell runs all chunk sizes, cold and warm, with requests that come and go, in one batch. Every
-fifth runs without the kernels.
+fifth runs without the kernels, and another computes decode steps without replaying them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def test_cell(index: int, cell: tuple) -> None:
         page_size=page_size,
         pages_per_rank=pages,
         ops=choose_ops(ops),
+        record=index % 5 != 3,
     )
     shape = Shape(
         sp,

@@ -30,9 +30,10 @@ def test_chosen_and_torch_agree(tokens: int, dtype: torch.dtype) -> None:
     same(chosen.rms_norm(q, weight, 1e-5), TRUTH.rms_norm(q, weight, 1e-5))
     x, wide = random(tokens, 96), random(96)
     same(chosen.rms_norm(x, wide, 1e-5), TRUTH.rms_norm(x, wide, 1e-5))
-    angles = torch.rand(tokens, 8, generator=make) * 100
-    want = TRUTH.rotation(angles.cos(), angles.sin(), dtype)(q.clone(), k.clone())
-    got = chosen.rotation(angles.cos(), angles.sin(), dtype)(q, k)
+    positions = torch.randint(0, 100, (tokens,), generator=make)
+    frequencies = torch.rand(8, generator=make)
+    want = TRUTH.rotation(positions, frequencies, 1.25, dtype)(q.clone(), k.clone())
+    got = chosen.rotation(positions, frequencies, 1.25, dtype)(q, k)
     same(got[0], want[0])
     same(got[1], want[1])
     gate, up = random(tokens, 240).split(120, dim=-1)

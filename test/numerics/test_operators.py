@@ -94,8 +94,9 @@ def test_silu_mul(ops: Operators, draw: Callable, rows: int, dim: int, dtype: to
 def test_rotation(ops: Operators, draw: Callable, rows: int, dim: int, dtype: torch.dtype) -> None:
     """q and k are slices of one tensor's heads."""
     qkv = draw(rows, 7, dim, dtype=dtype)
-    angles = torch.randn(rows, dim // 2) * 1000
-    rotate = ops.rotation(angles.cos(), angles.sin(), dtype)
+    positions, frequencies = torch.randint(0, 1000, (rows,)), torch.rand(dim // 2)
+    angles = positions[:, None] * frequencies
+    rotate = ops.rotation(positions, frequencies, 1.0, dtype)
     first, second = qkv.double().chunk(2, dim=-1)
     turn = torch.polar(torch.ones_like(angles).double(), angles.double())[:, None]
     turned = torch.complex(first, second) * turn

@@ -62,11 +62,13 @@ class PageLists:
             and number of its list's entries in `page_ids`; kv_len as in `QueryRun`; first and
             number of its KV heads. No (row, head) is in two items.
         page_ids, page_positions: int32 ``[entries]``, as in `QueryRun`, in any order.
+        complete: every (row, head) is in an item, if only with an empty list.
     """
 
     items: Tensor
     page_ids: Tensor
     page_positions: Tensor
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,15 @@ class Partial:
 
 
 class AttentionBackend(Protocol):
-    """Computes partials. Implementations: `attention.cpu`, later FlashInfer and Triton."""
+    """Computes partials. Implementations: `attention.cpu`, later FlashInfer and Triton.
+
+    Attributes:
+        recordable: whether `partial_lists` of complete lists and `merge` are kernel calls, which a
+            recording replays (`ops.recording`).
+    """
 
     name: str
+    recordable: bool
 
     def partial(
         self,

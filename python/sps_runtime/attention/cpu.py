@@ -57,6 +57,7 @@ class KernelBackend:
     """
 
     name = "sps_kernel"
+    recordable = True
 
     def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
         self._kernels = kernels
@@ -77,11 +78,7 @@ class KernelBackend:
             return Partial(*_empty(q_THD))
         pools = self._pools(pool, kv_heads, q_THD.shape[2])
         packed = self._pack(runs, pools.kv_heads)
-        if packed.rows == len(q_THD):
-            o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
-            lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-        else:
-            o_THD, lse_TH = _empty(q_THD)
+        o_THD, lse_TH = _unwritten(q_THD) if packed.rows == len(q_THD) else _empty(q_THD)
         self._kernels.paged_attention(
             q_THD,
             pools,
@@ -105,7 +102,7 @@ class KernelBackend:
         scale: float,
         window: int | None = None,
     ) -> Partial:
-        o_THD, lse_TH = _empty(q_THD)
+        o_THD, lse_TH = _unwritten(q_THD) if lists.complete else _empty(q_THD)
         self._kernels.paged_attention(
             q_THD,
             self._pools(pool, None, q_THD.shape[2]),
@@ -149,6 +146,11 @@ class KernelBackend:
             whole = [tensor if len(tensor) else tensors[some] for tensor in tensors]
             sides.append(whole if kv_heads is None else [t[:, slice(*kv_heads)] for t in whole])
         return self._kernels.KVPools(*sides, row_format(pool.k[some], head_dim))
+
+
+def _unwritten(q_THD: Tensor) -> tuple[Tensor, Tensor]:
+    o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
+    return o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
 
 
 def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ class TorchBackend:
     """`attention.backend.AttentionBackend` in plain torch, fp32 or bf16."""
 
     name = "torch"
+    recordable = False
 
     def partial(
         self,

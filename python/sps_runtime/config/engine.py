@@ -33,6 +33,7 @@ class EngineConfig:
         cores.
     seed: of dummy weights and of seeds drawn for requests without one.
     attention_backend: name of the attention backend, or ``auto``.
+    disable_step_graphs: compute every decode step through the model's code; record none to replay.
     watchdog_timeout_s: plans without any result for this long end the engine.
     echo_delay_s: seconds that an echo rank takes for a step.
     """
@@ -51,6 +52,7 @@ class EngineConfig:
     spin_s: float = 0.0
     seed: int = 0
     attention_backend: str = "auto"
+    disable_step_graphs: bool = False
     watchdog_timeout_s: float = 300.0
     echo_delay_s: float = 0.0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -151,6 +151,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--context-length", type=int, help="longest prompt plus answer; the model's unless told")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "echo"], help=_ECHO_HELP)
     add("--attention-backend", default="auto", choices=["auto", "sps_kernel", "torch"])
+    add(
+        "--disable-step-graphs",
+        "--disable-cuda-graph",
+        action="store_true",
+        help="compute every decode step through the model's code; replay none",
+    )
     add("--random-seed", type=int, default=0)
     add("--echo-delay", type=float, default=0.0, help="seconds of a step of --device echo")
 
@@ -262,6 +268,7 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         cpu_bind=parsed.cpu_bind,
         random_seed=parsed.random_seed,
         attention_backend=parsed.attention_backend,
+        disable_step_graphs=parsed.disable_step_graphs,
         watchdog_timeout_s=parsed.watchdog_timeout,
         echo_delay_s=parsed.echo_delay,
         dist_key_file=parsed.dist_key_file,

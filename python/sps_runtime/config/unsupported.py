@@ -99,7 +99,6 @@ IGNORED: Mapping[str, int] = {
     "stream-output": 0,
     "cuda-graph-max-bs": 1,
     "cuda-graph-bs": -1,
-    "disable-cuda-graph": 0,
     "disable-cuda-graph-padding": 0,
     "disable-custom-all-reduce": 0,
     "disable-outlines-disk-cache": 0,

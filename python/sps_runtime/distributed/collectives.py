@@ -60,7 +60,7 @@ def reduce_scatter(
     mine = send[communicator.rank]
     parts = mine.new_empty((communicator.size, *mine.shape))
     communicator.exchange(send, list(parts.unbind(0)), kind)
-    return _sum(parts).to(x.dtype)
+    return communicator.sum(parts)
 
 
 def all_reduce(communicator: Communicator, x: Tensor, kind: Kind) -> Tensor:
@@ -75,15 +75,7 @@ def all_reduce(communicator: Communicator, x: Tensor, kind: Kind) -> Tensor:
     if size == 2 or x.shape[0] < size:
         parts = x.new_empty((size, *x.shape))
         communicator.exchange([x] * size, list(parts.unbind(0)), kind)
-        return _sum(parts).to(x.dtype)
+        return communicator.sum(parts)
     base, more = divmod(x.shape[0], size)
     rows = [base + (member < more) for member in range(size)]
     return all_gather(communicator, reduce_scatter(communicator, x, rows, kind), rows, kind)
-
-
-def _sum(parts: Tensor) -> Tensor:
-    """Sum over dim 0 in fp32, one after another (torch.sum's order depends on shapes)."""
-    total = parts[0].to(torch.float32, copy=True)
-    for part in parts[1:]:
-        total += part
-    return total

@@ -7,8 +7,8 @@ computes from it what it will receive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -25,18 +25,19 @@ class Traffic:
         linear_bytes: logical bytes of linear layers sent.
         physical_bytes: bytes that were really copied.
         exposed_s: seconds spent waiting for peers.
+        meters: asked by `take` for further seconds of waiting, counted outside of Python.
     """
 
     attention_bytes: int = 0
     linear_bytes: int = 0
     physical_bytes: int = 0
     exposed_s: float = 0.0
+    meters: list[Callable[[], float]] = field(default_factory=list, compare=False, repr=False)
 
     def take(self) -> Traffic:
         """Return the counts and start again from zero."""
-        taken = Traffic(
-            self.attention_bytes, self.linear_bytes, self.physical_bytes, self.exposed_s
-        )
+        exposed_s = self.exposed_s + sum(meter() for meter in self.meters)
+        taken = Traffic(self.attention_bytes, self.linear_bytes, self.physical_bytes, exposed_s)
         self.attention_bytes = self.linear_bytes = self.physical_bytes = 0
         self.exposed_s = 0.0
         return taken
@@ -62,11 +63,13 @@ class Communicator(Protocol):
         rank: this member's index in the group, not its global rank.
         size: members.
         traffic: the rank's counters, shared by all its communicators.
+        recordable: whether exchanges and sums are kernel calls, which a recording replays.
     """
 
     rank: int
     size: int
     traffic: Traffic
+    recordable: bool
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
         """Give `send[i]` to member i and fill `recv[i]` with what member i gave.
@@ -97,6 +100,11 @@ class Communicator(Protocol):
         Raises:
             ConnectionError: as `exchange`.
         """
+        ...
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """Sum over dim 0 of contiguous parts, one after another in fp32, in the parts' dtype: the
+        same bits on every member, whatever computes it."""
         ...
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
-from sps_runtime.distributed.exchange import Done, as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.exchange import Done, TorchSum, as_bytes, check, copy_own, count_sent
 from sps_runtime.distributed.futex import Futex
 from sps_runtime.distributed.regions import LINE, doorbell_bytes, link_bytes
 
@@ -185,7 +185,7 @@ class SharedMemoryMailroom:
         self.traffic.exposed_s += time.monotonic() - began
 
 
-class SharedMemoryCommunicator:
+class SharedMemoryCommunicator(TorchSum):
     """One process rank's `Communicator` of a group on its host."""
 
     def __init__(self, mailroom: SharedMemoryMailroom, global_ranks: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
-from sps_runtime.distributed.exchange import check, copy_own, count_sent
+from sps_runtime.distributed.exchange import TorchSum, check, copy_own, count_sent
 
 T = TypeVar("T")
 _POLL_S = 0.05
@@ -86,7 +86,7 @@ class ThreadMailroom:
         return found
 
 
-class ThreadCommunicator:
+class ThreadCommunicator(TorchSum):
     """One thread rank's `Communicator` of a group."""
 
     def __init__(

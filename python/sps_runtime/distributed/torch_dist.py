@@ -20,7 +20,7 @@ import torch.distributed
 from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
-from sps_runtime.distributed.exchange import Done, as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.exchange import Done, TorchSum, as_bytes, check, copy_own, count_sent
 
 # torch's stubs leave out half of what is used here, and name groups by classes that they hide.
 dist: Any = torch.distributed
@@ -154,7 +154,7 @@ def lost_peer(rank: int, error: RuntimeError) -> ConnectionError:
     return ConnectionError(f"rank {rank} lost a peer: {error}")
 
 
-class TorchDistCommunicator:
+class TorchDistCommunicator(TorchSum):
     """One rank's `Communicator` of a group."""
 
     def __init__(self, mailroom: TorchDistMailroom, global_ranks: tuple[int, ...]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sps_runtime.layers.step import LinearPlacement
+from sps_runtime.ops.moves import Moves
 from sps_runtime.ops.weight import Weight
 
 
@@ -62,11 +62,12 @@ class RowLinear:
 class Embedding:
     """Token ids -> rows of a table ``[vocab, hidden]``, which every rank has whole."""
 
-    def __init__(self, weight_VD: Tensor) -> None:
+    def __init__(self, weight_VD: Tensor, moves: Moves) -> None:
         self.weight_VD = weight_VD
+        self._moves = moves
 
     def __call__(self, input_ids_T: Tensor) -> Tensor:
-        return F.embedding(input_ids_T, self.weight_VD)
+        return self._moves.look_up(input_ids_T, self.weight_VD)
 
 
 class LanguageModelHead:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from sps_runtime.distributed.collectives import (
@@ -31,6 +30,7 @@ from sps_runtime.distributed.collectives import (
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.layers.step import LinearPlacement
+from sps_runtime.ops.moves import Moves
 from sps_runtime.ops.operators import TORCH, Operators
 from sps_runtime.ops.weight import Weight
 
@@ -87,7 +87,7 @@ class WholeWeights:
         return list(ys_TN)
 
     def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
-        return gather_columns(self.links.tp, y_RN, vocab)
+        return gather_columns(self.links.tp, self.ops.moves, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
         return y_TN
@@ -99,13 +99,16 @@ def my_share(columns: int, unit: int, sp: Communicator) -> tuple[int, int]:
     return unit_shares(columns, unit, sp.size)[sp.rank]
 
 
-def gather_columns(comm: Communicator, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
+def gather_columns(
+    comm: Communicator, moves: Moves, y_TN: Tensor, columns: int, unit: int = 1
+) -> Tensor:
     """My columns (`unit_shares`) of all rows -> all `columns` of all rows, on every member."""
     if comm.size == 1:
         return y_TN
     bounds = unit_shares(columns, unit, comm.size)
     shapes = [(len(y_TN), end - begin) for begin, end in bounds]
-    return torch.cat(all_to_all(comm, [y_TN.contiguous()] * comm.size, shapes, "linear"), dim=1)
+    send = [moves.contiguous(y_TN)] * comm.size
+    return moves.beside(all_to_all(comm, send, shapes, "linear"))
 
 
 def widths_each(columns: Sequence[int], unit: int, parts: int) -> list[list[int]]:
@@ -114,15 +117,12 @@ def widths_each(columns: Sequence[int], unit: int, parts: int) -> list[list[int]
     return [[end - begin for begin, end in bounds] for bounds in zip(*each, strict=True)]
 
 
-def beside(ys_TN: Sequence[Tensor]) -> Tensor:
-    """Outputs side by side in one contiguous tensor, to cross ranks together."""
-    return ys_TN[0].contiguous() if len(ys_TN) == 1 else torch.cat(list(ys_TN), dim=1)
-
-
-def columns_each(parts: Sequence[Tensor], widths: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Undo `beside` for what every member sent: each output with all its columns."""
+def columns_each(
+    moves: Moves, parts: Sequence[Tensor], widths: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """From what every member sent, its outputs side by side: each output with all its columns."""
     pieces = [part.split(list(width), dim=1) for part, width in zip(parts, widths, strict=True)]
-    return [torch.cat(of_output, dim=1) for of_output in zip(*pieces, strict=True)]
+    return [moves.beside(of_output) for of_output in zip(*pieces, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -162,21 +162,21 @@ class ShardedWeights:
     def to_tokens_each(
         self, ys_TN: Sequence[Tensor], columns: Sequence[int], unit: int = 1
     ) -> list[Tensor]:
-        sp = self.links.sp
+        sp, moves = self.links.sp, self.ops.moves
         widths = widths_each(columns, unit, sp.size)
         shapes = [(self.rows[sp.rank], sum(width)) for width in widths]
-        parts = all_to_all(sp, beside(ys_TN).split(self.rows), shapes, "linear")
-        return columns_each(parts, widths)
+        parts = all_to_all(sp, moves.beside(ys_TN).split(self.rows), shapes, "linear")
+        return columns_each(moves, parts, widths)
 
     def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
-        return gather_columns(self.links.tp, y_RN, vocab)
+        return gather_columns(self.links.tp, self.ops.moves, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
         sp = self.links.sp
         bounds = unit_shares(y_TN.shape[1], unit, sp.size)
         begin, end = bounds[sp.rank]
         out_TN = y_TN.new_empty(sum(self.rows), end - begin)
-        send = [y_TN[:, low:high].contiguous() for low, high in bounds]
+        send = [self.ops.moves.contiguous(y_TN[:, low:high]) for low, high in bounds]
         sp.exchange(send, out_TN.split(self.rows), "linear")
         return out_TN
 
@@ -207,19 +207,20 @@ class ReplicatedTokens:
         return all_reduce(self.links.world, x_TD, "linear")
 
     def to_tokens(self, y_TN: Tensor, columns: int, unit: int = 1) -> Tensor:
-        return gather_columns(self.links.sp, y_TN, columns, unit)
+        return gather_columns(self.links.sp, self.ops.moves, y_TN, columns, unit)
 
     def to_tokens_each(
         self, ys_TN: Sequence[Tensor], columns: Sequence[int], unit: int = 1
     ) -> list[Tensor]:
-        sp = self.links.sp
+        sp, moves = self.links.sp, self.ops.moves
         widths = widths_each(columns, unit, sp.size)
-        together = beside(ys_TN)
+        together = moves.beside(ys_TN)
         shapes = [(len(together), sum(width)) for width in widths]
-        return columns_each(all_to_all(sp, [together] * sp.size, shapes, "linear"), widths)
+        parts = all_to_all(sp, [together] * sp.size, shapes, "linear")
+        return columns_each(moves, parts, widths)
 
     def gather_vocab(self, y_RN: Tensor, vocab: int) -> Tensor:
-        return gather_columns(self.links.tp, y_RN, vocab)
+        return gather_columns(self.links.tp, self.ops.moves, y_RN, vocab)
 
     def to_columns(self, y_TN: Tensor, unit: int = 1) -> Tensor:
         return y_TN[:, slice(*my_share(y_TN.shape[1], unit, self.links.sp))]

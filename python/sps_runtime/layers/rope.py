@@ -26,11 +26,7 @@ class RotaryEmbedding:
         self._ops = ops
 
     def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> Rotate:
-        angles_TF = positions_T.float()[:, None] * self.frequencies_F
-        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
-        if self.scale != 1.0:
-            cos_TF, sin_TF = cos_TF * self.scale, sin_TF * self.scale
-        return self._ops.rotation(cos_TF, sin_TF, dtype)
+        return self._ops.rotation(positions_T, self.frequencies_F, self.scale, dtype)
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -47,8 +47,9 @@ class Decoder:
     def __init__(self, weights: Weights) -> None:
         config = weights.config
         self.config: ModelConfig = config
-        self.embedding = Embedding(weights.tensors["embed"])
+        self.embedding = Embedding(weights.tensors["embed"], weights.ops.moves)
         self.rope = weights.rope()
+        self._moves = weights.ops.moves
         self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
         self.norm = weights.norm("norm")
         self.head = weights.head()
@@ -67,7 +68,7 @@ class Decoder:
         update_TD = None
         for layer in self.layers:
             update_TD = layer(x_TD, update_TD, rotate, step)
-        return x_TD if update_TD is None else x_TD.add_(update_TD)
+        return x_TD if update_TD is None else self._moves.add_(x_TD, update_TD)
 
     def logits(self, hidden_RD: Tensor, head: LinearPlacement) -> Tensor:
         """Rows of `forward`'s result ``[my rows, hidden]`` -> ``[my rows, vocab]``.

@@ -18,6 +18,10 @@ Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(q, k ``[tokens, heads, head_dim]``) -> both rotated, perhaps in place."""
 
 
+MANY_ROWS = 8192
+"""More tokens than steps that are recorded have."""
+
+
 class Elementwise(Protocol):
     """What layers do between their products."""
 
@@ -29,9 +33,18 @@ class Elementwise(Protocol):
         """silu(gate) * up (Shazeer 2020); may overwrite `gate`."""
         ...
 
-    def rotation(self, cos_TF: Tensor, sin_TF: Tensor, dtype: torch.dtype) -> Rotate:
+    def rotation(
+        self, positions_T: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype
+    ) -> Rotate:
         """The rotation of one step's tokens (Su et al. 2021); dims i and i + head_dim / 2 form a
-        pair. cos and sin are fp32 ``[tokens, head_dim / 2]``; q and k will be of `dtype`."""
+        pair, turned by the fp32 angle position * frequency.
+
+        Args:
+            positions_T: int64.
+            frequencies_F: fp32 ``[head_dim / 2]`` radians per position.
+            scale: a factor on cosines and sines.
+            dtype: of q and k.
+        """
         ...
 
 
@@ -48,8 +61,11 @@ class TorchElementwise:
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate).mul_(up)
 
-    def rotation(self, cos_TF: Tensor, sin_TF: Tensor, dtype: torch.dtype) -> Rotate:
-        cos, sin = cos_TF[:, None].to(dtype), sin_TF[:, None].to(dtype)
+    def rotation(
+        self, positions_T: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype
+    ) -> Rotate:
+        angles_T1F = (positions_T.float()[:, None] * frequencies_F)[:, None]
+        cos, sin = (angles_T1F.cos() * scale).to(dtype), (angles_T1F.sin() * scale).to(dtype)
 
         def turn(x_THD: Tensor) -> Tensor:
             first, second = x_THD.chunk(2, dim=-1)
@@ -68,6 +84,13 @@ class KernelElementwise:
     def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
         self._kernels = kernels
         self._threads = threads
+        self._numbers = torch.arange(MANY_ROWS, dtype=torch.int32)
+
+    def _row_numbers(self, rows: int) -> Tensor:
+        """0, 1, 2, ... as int32."""
+        if rows > len(self._numbers):
+            self._numbers = torch.arange(2 * rows, dtype=torch.int32)
+        return self._numbers[:rows]
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         out = x.new_empty(x.shape)  # the package takes ten times as long to make one
@@ -79,9 +102,12 @@ class KernelElementwise:
         self._kernels.silu_mul(gate, up, out=out, threads=self._threads)
         return out
 
-    def rotation(self, cos_TF: Tensor, sin_TF: Tensor, dtype: torch.dtype) -> Rotate:
-        table = torch.cat((cos_TF, sin_TF), dim=-1)
-        rows_T = torch.arange(len(table), dtype=torch.int32)
+    def rotation(
+        self, positions_T: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype
+    ) -> Rotate:
+        table = frequencies_F.new_empty(len(positions_T), 2 * len(frequencies_F))
+        self._kernels.rope_angles(positions_T, frequencies_F, scale, out=table)
+        rows_T = self._row_numbers(len(table))
 
         def turn(q_THD: Tensor, k_TKD: Tensor) -> tuple[Tensor, Tensor]:
             self._kernels.rope(q_THD, k_TKD, rows_T, table, threads=self._threads)

@@ -12,13 +12,20 @@ from torch import Tensor
 from sps_runtime.ops.elementwise import Elementwise, KernelElementwise, TorchElementwise
 from sps_runtime.ops.kv_rows import encode, row_format
 from sps_runtime.ops.linear import kernel_linear
+from sps_runtime.ops.moves import KernelMoves, Moves, TorchMoves
 from sps_runtime.ops.packing import Packing, Quantization
 from sps_runtime.ops.weight import PlainWeight, Weight
 
 
 class Operators(Elementwise, Protocol):
     """What a layer asks of the machine. Values are float32 or bfloat16, sums are float32; results
-    are fresh tensors unless a docstring says otherwise. Zero rows are fine everywhere."""
+    are fresh tensors unless a docstring says otherwise. Zero rows are fine everywhere.
+
+    Attributes:
+        moves: what changes no value but for its place and dtype.
+    """
+
+    moves: Moves
 
     def linear(self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``: ``[tokens, N]``. Rows of `x` may lie apart; within a row
@@ -50,6 +57,9 @@ class Operators(Elementwise, Protocol):
 
 class TorchOperators(TorchElementwise):
     """The reference, and what runs without kernels."""
+
+    def __init__(self) -> None:
+        self.moves: Moves = TorchMoves()
 
     def linear(self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None) -> Tensor:
         assert isinstance(weight_ND, PlainWeight), "other forms are loaded for other operators"
@@ -91,7 +101,8 @@ class KernelOperators(KernelElementwise):
     def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
         super().__init__(kernels, threads)
         self.linear = kernel_linear(kernels, threads)
-        self._no_angles = torch.empty((1, 0), dtype=torch.float32)
+        self.moves: Moves = KernelMoves(kernels)
+        self._no_angles = torch.empty((2**31 - 1, 0), dtype=torch.float32)  # of every position
 
     def packing(self, quantization: Quantization = "none") -> Packing | None:
         return Packing(self._kernels.packed, quantization, self._threads)
@@ -111,7 +122,7 @@ class KernelOperators(KernelElementwise):
     ) -> None:
         """The kernel rotates and writes; over zero dims and no query heads it only writes."""
         self._kernels.rope_kv_write(
-            k_TKD[:, :0], k_TKD, v_TKD, torch.zeros_like(slots_T), self._no_angles,
+            k_TKD[:, :0], k_TKD, v_TKD, self._row_numbers(len(slots_T)), self._no_angles,
             k_pool, v_pool, slots_T, offsets_T,
             kv_format=row_format(k_pool, k_TKD.shape[-1]), threads=self._threads,
         )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from mmap import mmap
+from types import ModuleType
 
 import torch
 
@@ -18,6 +20,7 @@ from sps_runtime.config.process import RankConfig
 from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import LayerFence, NoFence, SharedLayerFence
 from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.distributed.native_links import NativeMailroom
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
 from sps_runtime.distributed.routed import RoutedMailroom
 from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailroom
@@ -93,18 +96,23 @@ def open_store(place: Place, shape: KVShape, dtype: torch.dtype, fds: Mapping[st
 
 
 def open_mailroom(
-    config: EngineConfig, place: Place, traffic: Traffic, fds: Mapping[str, int]
+    config: EngineConfig,
+    place: Place,
+    traffic: Traffic,
+    fds: Mapping[str, int],
+    kernels: ModuleType | None,
 ) -> Mailroom:
     """Links to all ranks: shared memory on one host, torch.distributed between hosts.
+
+    Args:
+        kernels: carry messages on this host; all its ranks have them, or none.
 
     Raises:
         ConnectionError: when the ranks of other hosts do not come in time.
     """
     mesh, timeout_s = place.mesh, config.watchdog_timeout_s
     memory = map_region(fds["links"], link_bytes(mesh.world_size, RING_BYTES))
-    local = SharedMemoryMailroom(
-        memory, mesh.rank, mesh.world_size, traffic, timeout_s=timeout_s, spin_s=config.spin_s
-    )
+    local = _local_mailroom(memory, mesh, traffic, kernels, timeout_s, config.spin_s)
     if config.parallel.nnodes == 1:
         return local
     host, port = _split_address(config.parallel.dist_init_addr or "")
@@ -112,6 +120,22 @@ def open_mailroom(
     address = _address_towards(host, port)
     group = gloo_group(store, mesh.rank, mesh.world_size, address=address, timeout_s=timeout_s)
     return RoutedMailroom(local, TorchDistMailroom(group, traffic), place.rank_hosts())
+
+
+def _local_mailroom(
+    memory: mmap,
+    mesh: Mesh,
+    traffic: Traffic,
+    kernels: ModuleType | None,
+    timeout_s: float,
+    spin_s: float,
+) -> Mailroom:
+    rank, world = mesh.rank, mesh.world_size
+    if kernels is None:
+        return SharedMemoryMailroom(
+            memory, rank, world, traffic, timeout_s=timeout_s, spin_s=spin_s
+        )
+    return NativeMailroom(kernels, memory, rank, world, traffic, timeout_s=timeout_s, spin_s=spin_s)
 
 
 def open_fence(
@@ -140,12 +164,13 @@ def open_means(
     backend: AttentionBackend,
     ops: Operators,
     fds: Mapping[str, int],
+    kernels: ModuleType | None = None,
 ) -> AttentionContext:
     """Everything that attention needs of this rank."""
     traffic, engine = Traffic(), config.engine
     return AttentionContext(
         mesh=place.mesh,
-        mailroom=open_mailroom(engine, place, traffic, fds),
+        mailroom=open_mailroom(engine, place, traffic, fds, kernels),
         store=open_store(
             place,
             kv_shape(engine, model),

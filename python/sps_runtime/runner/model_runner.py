@@ -21,12 +21,14 @@ from sps_runtime.attention.sequence_parallel.in_flight import Flight, applies, c
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
-from sps_runtime.layers.step import LinearPlacement, StepContext
+from sps_runtime.layers.step import LinearPlacement, SequenceAttention, StepContext
+from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.input_batch import InputBatch, build_input
 from sps_runtime.runner.micro_batches import fly
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
 from sps_runtime.runner.sampler import sample
+from sps_runtime.runner.step_graph import StepGraphs
 from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.telemetry.timeline import NoTimeline, Timeline
 from sps_runtime.types.plan import (
@@ -58,15 +60,16 @@ class Step:
         member: this rank's index in the group.
         links: the group's communicators.
         batch: tokens and rows.
-        context: what the model's forward is given.
+        context: what the model's forward is given; None where `StepGraphs` makes it.
         flight: the step's micro-batches, where it runs in several at once.
     """
 
     plan: StepPlan
+    layout: ShardLayout
     member: int
     links: GroupLinks
     batch: InputBatch
-    context: StepContext
+    context: StepContext | None
     flight: Flight | None = None
 
 
@@ -82,6 +85,7 @@ class ModelRunner:
         token_timeout_s: how long a token that a plan names may take to appear on the board.
         timeline: where spans of steps and their parts go.
         pipeline: keep micro-batches of a long prefill in flight where pages cross hosts.
+        recorder: records decode steps to replay them; None runs them all through the model's code.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class ModelRunner:
         token_timeout_s: float = 300.0,
         timeline: Timeline | None = None,
         pipeline: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         self._model = model
         self._vocab = vocab
@@ -103,6 +108,7 @@ class ModelRunner:
         self._token_timeout_s = token_timeout_s
         self._timeline: Timeline = timeline or NoTimeline()
         self._pipeline = pipeline
+        self._graphs = StepGraphs(means, self._decode, recorder)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -120,9 +126,9 @@ class ModelRunner:
             with span("prepare", "host"):
                 step = self._prepare(plan)
             with span("forward", "forward", tokens=len(step.batch.tokens_T)):
-                hidden_TD = self._forward(step)
+                hidden_TD, logits_RV = self._forward(step)
             with span("sample", "host"):
-                sampled = self._sample(step, hidden_TD)
+                sampled = self._sample(step, logits_RV)
             judged = self._judge(step, hidden_TD)
         took = traffic.take()
         exposed = took.exposed_s + self._board.waited_s - waited
@@ -142,13 +148,12 @@ class ModelRunner:
         member = layout.member(means.mesh.sp_rank)
         batch = build_input(plan, layout, member, self._board, self._token_timeout_s)
         links = self._links(plan.group)
-        context = StepContext(
-            positions_T=batch.positions_T,
-            linear=place(plan.placement, self._arch, links, layout.rows, means.ops),
-            attend=sequence_attention(plan, layout, means),
-        )
+        context = None
+        if not self._graphs.takes(plan, layout):
+            attend = sequence_attention(plan, layout, means)
+            context = self._context(plan, layout, links, batch.positions_T, attend)
         flight = self._flight(plan, layout)
-        return Step(plan, member, links, batch, context, flight)
+        return Step(plan, layout, member, links, batch, context, flight)
 
     def _flight(self, plan: StepPlan, layout: ShardLayout) -> Flight | None:
         if not (self._pipeline and self._arch == "ntp" and applies(plan, self._means)):
@@ -156,10 +161,37 @@ class ModelRunner:
         plans = cut(plan, layout)
         return Flight(plans, layout, self._means) if len(plans) > 1 else None
 
-    def _forward(self, step: Step) -> Tensor:
+    def _context(
+        self,
+        plan: StepPlan,
+        layout: ShardLayout,
+        links: GroupLinks,
+        positions_T: Tensor,
+        attend: SequenceAttention,
+    ) -> StepContext:
+        linear = place(plan.placement, self._arch, links, layout.rows, self._means.ops)
+        return StepContext(positions_T=positions_T, linear=linear, attend=attend)
+
+    def _decode(self, tokens_T: Tensor, context: StepContext) -> Tensor:
+        """Logits of all rows; what `StepGraphs` records."""
+        return self._model.logits(self._model.forward(tokens_T, context), context.linear)
+
+    def _forward(self, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        """The hidden states of this rank's tokens, None of a decode step; and the logits of its
+        rows to sample, None where nobody samples."""
+        plan, batch = step.plan, step.batch
+        if step.context is None:
+            make = partial(self._context, plan, step.layout, step.links)
+            tokens = batch.tokens_T.numpy()
+            return None, self._graphs.run(plan, step.layout, tokens, step.links, make)
         if step.flight is None:
-            return self._model.forward(step.batch.tokens_T, step.context)
-        return fly(self._model.forward, step.flight, step.batch, step.links)
+            hidden_TD = self._model.forward(batch.tokens_T, step.context)
+        else:
+            hidden_TD = fly(self._model.forward, step.flight, batch, step.links)
+        rows = batch.sampled
+        if not any(rows.per_member):
+            return hidden_TD, None
+        return hidden_TD, self._logits(step, hidden_TD, rows.rows, rows.per_member)
 
     def _links(self, group: tuple[int, ...]) -> GroupLinks:
         mesh, mailroom = self._means.mesh, self._means.mailroom
@@ -182,13 +214,11 @@ class ModelRunner:
         replica = step.plan.placement == "replicated" and step.member > 0
         return self._means.mesh.tp_rank == 0 and not replica
 
-    def _sample(self, step: Step, hidden_TD: Tensor) -> tuple[SampledToken, ...]:
+    def _sample(self, step: Step, logits_RV: Tensor | None) -> tuple[SampledToken, ...]:
         batch, plan = step.batch, step.plan
-        rows = batch.sampled
-        if not any(rows.per_member):
+        if logits_RV is None:
             return ()
-        logits_RV = self._logits(step, hidden_TD, rows.rows, rows.per_member)
-        sequences = rows.sequences.tolist() if self._speaks(step) else []
+        sequences = batch.sampled.sequences.tolist() if self._speaks(step) else []
         found = sample(logits_RV, plan, sequences, batch.board_tokens) if sequences else []
         if self._means.mesh.tp_rank == 0:
             self._publish(step, SampledHere(sequences, [token.token for token in found]))
@@ -202,9 +232,9 @@ class ModelRunner:
         hosts = [self._means.hosts[rank] for rank in plan.group]
         publish(plan, sampled, samplers, hosts, step.links.sp, self._board)
 
-    def _judge(self, step: Step, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
+    def _judge(self, step: Step, hidden_TD: Tensor | None) -> tuple[PromptLogprobs, ...]:
         judged, sequences = step.batch.judged, step.plan.sequences
-        if not any(judged.per_member):
+        if hidden_TD is None or not any(judged.per_member):
             return ()
         logits = partial(self._logits, step, hidden_TD)
         values = judge_prompt(judged, sequences, self._vocab, logits)

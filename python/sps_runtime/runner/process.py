@@ -26,6 +26,7 @@ from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.operators import Operators
+from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.assembly import Place, open_means
 from sps_runtime.runner.links import open_links
 from sps_runtime.runner.measure import measure_decode, measure_flops, measure_link
@@ -100,7 +101,9 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         head_dim=model.config.head_dim,
         threads=engine.threads_per_rank,
     )
-    means = open_means(config, place, model.config, dtype, backend, operators, child.fds)
+    means = open_means(
+        config, place, model.config, dtype, backend, operators, child.fds, ops.kernels
+    )
     runner = ModelRunner(
         model,
         vocab,
@@ -110,6 +113,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         engine.watchdog_timeout_s,
         timeline,
         engine.parallel.pipeline,
+        None if ops.kernels is None or engine.disable_step_graphs else Recorder(ops.kernels),
     )
     cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)

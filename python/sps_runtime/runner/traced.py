@@ -45,8 +45,11 @@ class _TracedOperators(_Traced):
     def __init__(self, ops: Operators, timeline: Timeline) -> None:
         super().__init__(ops, timeline, {name: (name, "compute") for name in _OPERATORS})
 
-    def rotation(self, cos_TF: Tensor, sin_TF: Tensor, dtype: torch.dtype) -> Rotate:
-        rotate = cast(Operators, self._part).rotation(cos_TF, sin_TF, dtype)
+    def rotation(
+        self, positions_T: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype
+    ) -> Rotate:
+        ops = cast(Operators, self._part)
+        rotate = ops.rotation(positions_T, frequencies_F, scale, dtype)
         return traced(self._timeline, "rope", "compute", rotate)
 
 

@@ -8,8 +8,7 @@
 namespace sps::bind {
 namespace {
 
-void py_copy(nb::handle src_, nb::handle out_) {
-  const Tensor src(src_, "src"), out(out_, "out", true);
+CopyParams copy_params(const Tensor& src, const Tensor& out) {
   src.need_float().need_last_contiguous();
   out.need_float().need_last_contiguous();
   if (src.ndim != 2 && src.ndim != 3) value_error("src: needs 2 or 3 dims");
@@ -18,18 +17,29 @@ void py_copy(nb::handle src_, nb::handle out_) {
   else
     out.need_shape({src.shape[0], src.shape[1]});
   const bool three = src.ndim == 3;
-  const CopyParams p{src.data,
-                     out.data,
-                     src.byte_stride(0),
-                     three ? src.byte_stride(1) : 0,
-                     out.byte_stride(0),
-                     three ? out.byte_stride(1) : 0,
-                     src.shape[0],
-                     three ? src.shape[1] : 1,
-                     src.shape[src.ndim - 1],
-                     src.dtype == DType::kBf16,
-                     out.dtype == DType::kBf16};
+  return {src.data,
+          out.data,
+          src.byte_stride(0),
+          three ? src.byte_stride(1) : 0,
+          out.byte_stride(0),
+          three ? out.byte_stride(1) : 0,
+          src.shape[0],
+          three ? src.shape[1] : 1,
+          src.shape[src.ndim - 1],
+          src.dtype == DType::kBf16,
+          out.dtype == DType::kBf16};
+}
+
+void py_copy(nb::handle src_, nb::handle out_) {
+  const CopyParams p = copy_params(Tensor(src_, "src"), Tensor(out_, "out", true));
   submit({src_, out_}, [p] { copy(p); });
+}
+
+void py_add(nb::handle src_, nb::handle out_) {
+  const Tensor src(src_, "src"), out(out_, "out", true);
+  out.need_dtype(src.dtype);
+  const CopyParams p = copy_params(src, out);
+  submit({src_, out_}, [p] { add(p); });
 }
 
 bool wide_integers(const Tensor& t) {
@@ -90,6 +100,7 @@ void py_rope_angles(nb::handle positions_, nb::handle frequencies_, double scale
 
 void bind_moves(nb::module_& m) {
   m.def("copy", &py_copy);
+  m.def("add", &py_add);
   m.def("look_up", &py_look_up);
   m.def("sum_parts", &py_sum_parts);
   m.def("rope_angles", &py_rope_angles);

@@ -17,7 +17,7 @@ thread_local Program* current = nullptr;
 Program* recording() { return current; }
 
 void refuse_recording(const char* what) {
-  if (current != nullptr) runtime_error(std::string(what) + " cannot be recorded");
+  if (current != nullptr) current->spoil(std::string(what) + " cannot be recorded");
 }
 
 void note_written(nb::handle object, const char* name) {
@@ -38,6 +38,7 @@ void Program::begin() {
 void Program::end() {
   if (current != this) runtime_error("this thread does not record this program");
   check_written();
+  if (!spoiled_.empty()) runtime_error(spoiled_);
   current = nullptr;
   state_ = State::kRecorded;
 }
@@ -86,9 +87,14 @@ void Program::note_written(nb::handle object, const char* name) {
   written_.push_back({object.ptr(), name});
 }
 
-void Program::check_written() const {
-  if (!written_.empty())
-    runtime_error("'" + written_.front().name + "' was written by a call that was not recorded");
+void Program::check_written() {
+  if (written_.empty()) return;
+  spoil("'" + written_.front().name + "' was written by a call that was not recorded");
+  written_.clear();
+}
+
+void Program::spoil(const std::string& why) {
+  if (spoiled_.empty()) spoiled_ = why;
 }
 
 bool Program::in_workspace(nb::handle object) const {

@@ -23,7 +23,8 @@ class Program {
   // Starts recording on the calling thread. Throws where that thread records already, or this
   // program was recorded before.
   void begin();
-  // Ends recording. Throws when a call wrote an array and was not recorded.
+  // Ends recording. Throws, and the program stays empty, when something that ran meanwhile could
+  // not be recorded.
   void end();
   // Ends a recording that failed; the program stays empty for good.
   void discard();
@@ -38,6 +39,7 @@ class Program {
   // For `submit` and `Tensor`.
   void add(const nb::handle* keep, size_t n, std::function<void()> call);
   void note_written(nb::handle object, const char* name);
+  void spoil(const std::string& why);
 
  private:
   enum class State { kEmpty, kRecording, kRecorded, kRunning, kDiscarded };
@@ -50,19 +52,20 @@ class Program {
   };
 
   bool in_workspace(nb::handle object) const;
-  void check_written() const;
+  void check_written();
 
   State state_ = State::kEmpty;
   std::vector<std::function<void()>> calls_;
   std::vector<nb::object> keep_;
   std::vector<Range> workspaces_;
   std::vector<Written> written_;  // seen as outputs, not yet claimed by a recorded call
+  std::string spoiled_;           // why this recording is worth nothing
 };
 
 // The program that records on this thread, or null.
 Program* recording();
 
-// Throws while this thread records: for calls whose result is a value, not an array.
+// For calls whose result is a value, not an array: what this thread records meanwhile is void.
 void refuse_recording(const char* what);
 
 // Runs `kernel()` with the GIL released and, while this thread records, appends it. `kernel` holds

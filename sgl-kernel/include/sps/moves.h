@@ -18,6 +18,9 @@ struct CopyParams {
 // dst = src, rounded to dst's dtype.
 void copy(const CopyParams& params);
 
+// dst += src in float32, rounded once; one dtype.
+void add(const CopyParams& params);
+
 // out[i] = table[ids[i]]; throws std::invalid_argument for an id outside of [0, rows).
 struct LookUpParams {
   const char* ids;

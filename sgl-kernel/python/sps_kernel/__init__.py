@@ -20,7 +20,7 @@ from sps_kernel.fence import (
 from sps_kernel.gemm import gemv, small_gemm
 from sps_kernel.links import Links, links_region_bytes
 from sps_kernel.merge import merge_n_states, merge_states
-from sps_kernel.moves import copy, look_up, rope_angles, sum_parts
+from sps_kernel.moves import add, copy, look_up, rope_angles, sum_parts
 from sps_kernel.packed import (
     crc32c,
     pack_weight,
@@ -38,6 +38,7 @@ __all__ = [
     "KVPools",
     "Links",
     "Program",
+    "add",
     "available_isas",
     "build_info",
     "copy",

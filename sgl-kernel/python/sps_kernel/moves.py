@@ -21,6 +21,12 @@ def copy(src: Array, out: Array) -> Array:
     return out
 
 
+def add(src: Array, out: Array) -> Array:
+    """``out[...] += src`` in float32, rounded once; shapes as in :func:`copy`, one dtype."""
+    _core.add(src, out)
+    return out
+
+
 def look_up(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     """Rows of a table: token embedding, or some rows of an activation.
 

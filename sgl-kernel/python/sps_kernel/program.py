@@ -19,8 +19,8 @@ class Program:
     the outputs there.
 
     What is computed by anything but this package (torch, NumPy) is not seen and not recorded: see
-    that nothing is. Calls whose result is a value (:func:`sps_kernel.sample`, the fences) cannot be
-    recorded, and say so.
+    that nothing is. Calls whose result is a value (:func:`sps_kernel.sample`, the fences) run but
+    cannot be recorded: the recording then ends with an error.
 
     Example
     -------
@@ -60,8 +60,8 @@ class Program:
         Raises
         ------
         RuntimeError
-            The thread records already, the program was recorded before, or a call of this package
-            wrote an array without being recorded.
+            At the beginning: the thread records already, or the program was recorded before. At the
+            end: a call of this package meanwhile could not be recorded; it ran all the same.
         """
         self._program.begin()
         try:

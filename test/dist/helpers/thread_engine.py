@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from test.dist.helpers.planner import Planner, Request, Shape
@@ -20,6 +21,8 @@ from sps_runtime.config.parallel import Arch
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.fences import ThreadFences
 from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.distributed.native_links import NativeMailroom
+from sps_runtime.distributed.regions import link_bytes
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
@@ -29,12 +32,14 @@ from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.kv_rows import storage_dtype
+from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import StepPlan, StepResult
 
 SLOTS = 256
 PATIENCE_S = 100.0
+RING = 4096
 
 
 class RecordingModel:
@@ -51,6 +56,18 @@ class RecordingModel:
         logits_RV = self._model.logits(hidden_RD, head)
         self.given.append(logits_RV)
         return logits_RV
+
+    def watch(self, runner: ModelRunner) -> None:
+        """Keep the logits of decode steps, replayed ones too."""
+        graphs: Any = runner._graphs
+        run = graphs.run
+
+        def kept(*arguments: Any) -> Tensor:
+            logits_RV: Tensor = run(*arguments)
+            self.given[:] = [logits_RV.clone()]
+            return logits_RV
+
+        graphs.run = kept
 
 
 @dataclass
@@ -69,9 +86,11 @@ def make_contexts(
     tp: int,
     hosts: tuple[int, ...],
     ops: Ops,
+    native: bool,
 ) -> list[AttentionContext]:
     """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
-    must show."""
+    must show. Messages go through `world`, or as between processes of one host."""
+    memory = mmap.mmap(-1, link_bytes(sp * tp, RING))
     pools = [KVPool.private(shape, dtype) for _ in range(sp * tp)]
     nothing = torch.nan if dtype.is_floating_point else 0xFF  # quantised rows that decode to NaN
     for pool in pools:
@@ -88,7 +107,9 @@ def make_contexts(
         contexts.append(
             AttentionContext(
                 mesh=mesh,
-                mailroom=world.mailroom(rank, traffic),
+                mailroom=_native(ops, memory, rank, sp * tp, traffic)
+                if native
+                else world.mailroom(rank, traffic),
                 store=KVStore(readable, mesh.sp_rank),
                 fence=fences.of(rank),
                 backend=choose_backend(
@@ -102,6 +123,13 @@ def make_contexts(
     return contexts
 
 
+def _native(ops: Ops, memory: mmap.mmap, rank: int, world: int, traffic: Traffic) -> NativeMailroom:
+    assert ops.kernels is not None
+    return NativeMailroom(
+        ops.kernels, memory, rank, world, traffic, ring_bytes=RING, timeout_s=PATIENCE_S
+    )
+
+
 class ThreadEngine:
     """Ranks of an (sp, tp) mesh.
 
@@ -111,6 +139,7 @@ class ThreadEngine:
             and each host has a board of its own.
         ops: operators and attention; the kernels, where they are installed, unless told.
         kv_dtype: as `config.cache` has it.
+        record: replay decode steps, where the kernels are installed and all is on one host.
     """
 
     def __init__(
@@ -127,6 +156,7 @@ class ThreadEngine:
         ops: Ops | None = None,
         kv_dtype: str = "auto",
         pipeline: bool = True,
+        record: bool = False,
     ) -> None:
         self.sp, self.tp = sp, tp
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
@@ -147,24 +177,27 @@ class ThreadEngine:
         )
         world = ThreadWorld(sp * tp, timeout_s=PATIENCE_S)
         ops = ops or choose_ops()
-        contexts = make_contexts(world, shape, storage_dtype(kv_dtype, dtype), sp, tp, hosts, ops)
+        record = record and ops.kernels is not None and len(set(hosts)) == 1
+        stored = storage_dtype(kv_dtype, dtype)
+        contexts = make_contexts(world, shape, stored, sp, tp, hosts, ops, record)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
         self.models, self.runners = [], []
         for rank, means in enumerate(contexts):
             model = build_model(config, arena, rank % tp, ops=ops.operators)
             board = TokenBoard(boards[hosts[means.mesh.sp_rank]])
             self.models.append(RecordingModel(model))
-            self.runners.append(
-                ModelRunner(
-                    self.models[rank],
-                    config.vocab_size,
-                    means,
-                    board,
-                    arch,
-                    PATIENCE_S,
-                    pipeline=pipeline,
-                )
+            runner = ModelRunner(
+                self.models[rank],
+                config.vocab_size,
+                means,
+                board,
+                arch,
+                PATIENCE_S,
+                pipeline=pipeline,
+                recorder=Recorder(ops.kernels) if record and ops.kernels else None,
             )
+            self.models[rank].watch(runner)
+            self.runners.append(runner)
         self._threads = threading.Thread(target=self._run, args=(world,), daemon=True)
         self._threads.start()
 

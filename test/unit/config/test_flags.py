@@ -33,7 +33,7 @@ def test_a_realistic_sglang_command_works() -> None:
         "--quantization=none --schedule-policy lpm --disable-radix-cache"
     )
     command = parse(line.split())
-    assert command.ignored == ("--trust-remote-code", "--disable-cuda-graph", "--cuda-graph-bs")
+    assert command.ignored == ("--trust-remote-code", "--cuda-graph-bs")
     assert command.engine.dtype == "float32"
     assert command.engine.scheduler.chunked_prefill_size == -1
     assert not command.engine.enable_prefix_cache and command.server.enable_metrics

@@ -1,0 +1,178 @@
+"""Recorded decode steps, as CUDA graphs are for GPUs.
+
+A decode step of some shape (group, placement, rows) runs through the model's code once while the
+kernels' calls are recorded; later steps of that shape write their tokens, positions and page lists
+into the arrays that were recorded and replay everything by one native call. On a CPU this takes
+the interpreter, and the exchanges that it makes between ranks, out of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.decode_inputs import DecodeInputs, Int64s
+from sps_runtime.attention.sequence_parallel.decode import (
+    DecodeAttention,
+    capacity_for,
+    decode_inputs,
+    is_decode,
+    reachable,
+)
+from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.distributed.communicator import Traffic
+from sps_runtime.layers.placement import GroupLinks
+from sps_runtime.layers.step import StepContext
+from sps_runtime.ops.recording import Recorder, Recording
+from sps_runtime.types.plan import Placement, StepPlan
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[Tensor, StepContext], Tensor]
+"""Ids and context of a decode step -> logits of all rows; the model's ordinary code."""
+
+Key = tuple[tuple[int, ...], Placement, int]
+
+
+@dataclass
+class _Shape:
+    """What is kept of one shape of steps.
+
+    Attributes:
+        recording: what to replay; None before it was tried, or a reason why there is none.
+        attention_bytes, linear_bytes, physical_bytes: what crosses in each step of this shape.
+    """
+
+    inputs: DecodeInputs
+    attention: DecodeAttention
+    context: StepContext
+    recording: Recording | str | None = None
+    attention_bytes: int = 0
+    linear_bytes: int = 0
+    physical_bytes: int = 0
+
+
+class StepGraphs:
+    """One rank's decode steps, by shape.
+
+    Args:
+        means: the rank's.
+        compute: the model.
+        recorder: None computes every step through the model's code.
+        max_rows: steps of more rows are left to others.
+        limit: shapes that are kept, the least recently used goes first.
+    """
+
+    def __init__(
+        self,
+        means: AttentionContext,
+        compute: Compute,
+        recorder: Recorder | None,
+        *,
+        max_rows: int = 64,
+        limit: int = 64,
+    ) -> None:
+        self._means = means
+        self._compute = compute
+        self._recorder = recorder
+        self._max_rows = max_rows
+        self._limit = limit
+        self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
+
+    def takes(self, plan: StepPlan, layout: ShardLayout) -> bool:
+        """Whether `run` computes this step."""
+        return (
+            self._means.backend.recordable
+            and len(plan.sequences) <= self._max_rows
+            and is_decode(plan)
+            and reachable(layout, self._means)
+        )
+
+    def run(
+        self,
+        plan: StepPlan,
+        layout: ShardLayout,
+        tokens: Int64s,
+        links: GroupLinks,
+        context: Callable[[Tensor, DecodeAttention], StepContext],
+    ) -> Tensor:
+        """Logits of all rows, valid until the next call.
+
+        Args:
+            tokens: ids of the rows.
+            links: the group's.
+            context: makes the context of a step from its positions and its attention.
+
+        Raises:
+            ConnectionError: a peer is gone or late.
+        """
+        shape = self._shape(plan, layout, links, context)
+        shape.inputs.fill(layout, tokens)
+        if isinstance(shape.recording, Recording):
+            logits_RV = self._replay(shape, shape.recording)
+        else:
+            logits_RV = self._run(shape, links)
+        self._means.traffic.attention_bytes += shape.attention.remote_bytes()
+        return logits_RV
+
+    def _shape(
+        self,
+        plan: StepPlan,
+        layout: ShardLayout,
+        links: GroupLinks,
+        context: Callable[[Tensor, DecodeAttention], StepContext],
+    ) -> _Shape:
+        key = (plan.group, plan.placement, len(plan.sequences))
+        shape = self._shapes.get(key)
+        if shape is None or shape.inputs.capacity < len(layout.pages.ids):
+            inputs = decode_inputs(layout, self._means, capacity_for(layout))
+            attention = DecodeAttention(inputs, self._means, links.sp)
+            made = _Shape(inputs, attention, context(inputs.positions_T, attention))
+            if shape is not None and isinstance(shape.recording, str):
+                made.recording = shape.recording
+            shape = self._shapes[key] = made
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > self._limit:
+            self._shapes.popitem(last=False)
+        return shape
+
+    def _run(self, shape: _Shape, links: GroupLinks) -> Tensor:
+        """Through the model's code, recording it where it can be."""
+
+        def work() -> Tensor:
+            shape.attention.begin()
+            return self._compute(shape.inputs.tokens_T, shape.context)
+
+        if self._recorder is None or shape.recording is not None or not _recordable(links):
+            return work()
+        before = _counts(self._means.traffic)
+        logits_RV, shape.recording = self._recorder.record(work)
+        if isinstance(shape.recording, str):
+            logger.debug("steps of %d rows are not recorded: %s", len(logits_RV), shape.recording)
+        after = _counts(self._means.traffic)
+        shape.attention_bytes, shape.linear_bytes, shape.physical_bytes = (
+            new - old for new, old in zip(after, before, strict=True)
+        )
+        return logits_RV
+
+    def _replay(self, shape: _Shape, recording: Recording) -> Tensor:
+        logits_RV = recording.replay()
+        traffic = self._means.traffic
+        traffic.attention_bytes += shape.attention_bytes
+        traffic.linear_bytes += shape.linear_bytes
+        traffic.physical_bytes += shape.physical_bytes
+        return logits_RV
+
+
+def _counts(traffic: Traffic) -> tuple[int, int, int]:
+    return traffic.attention_bytes, traffic.linear_bytes, traffic.physical_bytes
+
+
+def _recordable(links: GroupLinks) -> bool:
+    """Whether everything that crosses ranks is a kernel's call."""
+    return all(link.size == 1 or link.recordable for link in (links.sp, links.tp, links.world))
