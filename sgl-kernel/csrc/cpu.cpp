@@ -70,7 +70,7 @@ std::vector<Entry> entries() {
   const bool avx512 = f.avx512f && f.avx512dq && f.avx512bw && f.avx512vl && f.fma && f.f16c;
   if (avx512) list.push_back({Isa::kAvx512, &avx512_table()});
 #ifdef SPS_WITH_AVX512_BF16
-  if (avx512 && f.avx512_bf16) list.push_back({Isa::kAvx512Bf16, &avx512_bf16_table()});
+  if (avx512 && f.avx512_bf16 && f.avx512_vnni) list.push_back({Isa::kAvx512Bf16, &avx512_bf16_table()});
 #endif
 #endif
   return list;

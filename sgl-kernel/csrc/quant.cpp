@@ -30,7 +30,8 @@ bool quantized(PackedKind kind) {
 
 int64_t quant_panel_bytes(const PackedLayout& layout) {
   const int64_t groups = (layout.k + layout.group - 1) / layout.group;
-  return quant_codes_bytes(layout) + (groups * kQuantScaleBytes + 63) / 64 * 64;
+  const int64_t blocks = (layout.k + kQuantBlock - 1) / kQuantBlock;
+  return blocks * quant_block_bytes(layout.kind) + (groups + 1) / 2 * 2 * kQuantScaleBytes;
 }
 
 void quant_pack(const PackParams& params, int threads) {
@@ -46,11 +47,12 @@ void quant_unpack(const PackParams& p) {
     const char* panel = p.packed + n / kPanelOutputs * quant_panel_bytes(layout);
     char* to = p.weight + n * p.weight_stride;
     for (int64_t k = 0; k < layout.k; ++k) {
-      const char* block = panel + k / kQuantBlock * quant_block_bytes(layout.kind);
+      const int64_t group = k / layout.group, within = k % layout.group / kQuantBlock;
+      const char* block = panel + quant_codes_at(layout, group) +
+                          within * quant_block_bytes(layout.kind);
       const int code =
           quant_code(layout.kind, block, static_cast<int>(k % kQuantBlock), output);
-      const float w =
-          code * quant_scale(panel + quant_codes_bytes(layout), k / layout.group, output);
+      const float w = code * quant_scale(panel + quant_scales_at(layout, group), output);
       const uint16_t h = float_to_bf16(w);
       if (p.weight_bf16)
         std::memcpy(to + 2 * k, &h, 2);

@@ -26,14 +26,15 @@ static void store_bf16_pairs(char* to, const Wide::reg* even, const Wide::reg* o
 #endif
 }
 
-// Columns of one panel from `codes` on, as cells of `to`, which has room for whole blocks.
+// Columns of one panel from a group on, as cells of `to`, which has room for whole blocks.
 template <class Cells>
-static void widen_panel(const PackedLayout& layout, const char* codes, const char* scales,
+static void widen_panel(const PackedLayout& layout, const char* panel, int64_t first_group,
                         int64_t columns, bool bf16, char* to) {
   const int64_t group_blocks = layout.group / kQuantBlock;
-  for (int64_t b = 0; b * kQuantBlock < columns; ++b, codes += Cells::kBytes) {
-    const char* scale = scales + b / group_blocks * kQuantScaleBytes;
-    const Cells block(codes);
+  for (int64_t b = 0; b * kQuantBlock < columns; ++b) {
+    const int64_t group = first_group + b / group_blocks;
+    const char* scale = panel + quant_scales_at(layout, group);
+    const Cells block(panel + quant_codes_at(layout, group) + b % group_blocks * Cells::kBytes);
 #pragma GCC unroll 4
     for (int step = 0; step < kQuantBlock; step += 2) {
       Wide::reg w[2][kQuantRegs];
@@ -73,13 +74,10 @@ static void quant_many(const PackedLinearParams& p, int64_t begin, int64_t end) 
     for (int64_t i = 0; i < count; ++i) {
       const char* panel =
           p.packed + (p.row_begin / kPanelOutputs + n + i) * quant_panel_bytes(p.layout);
-      const char* codes =
-          panel + p.column_begin / kQuantBlock * quant_block_bytes(p.layout.kind);
-      const char* scales = panel + quant_codes_bytes(p.layout) +
-                           p.column_begin / p.layout.group * kQuantScaleBytes;
       const auto widen =
           p.layout.kind == PackedKind::kInt8 ? widen_panel<Int8AsF32> : widen_panel<Int4AsF32>;
-      widen(p.layout, codes, scales, wide.column_end, p.x_bf16, scratch + i * stride);
+      widen(p.layout, panel, p.column_begin / p.layout.group, wide.column_end, p.x_bf16,
+            scratch + i * stride);
     }
     const int64_t left = outputs - n * kPanelOutputs;
     wide.row_end = left < count * kPanelOutputs ? left : count * kPanelOutputs;

@@ -160,7 +160,7 @@ static void quant_write(PackedKind kind, const QuantGroup& g, char* codes, char*
       for (int l = 0; l < kLanes; ++l) {
         const int8_t code = c < g.columns ? g.code[c][l] : 0;
         if (kind == PackedKind::kInt8)
-          __builtin_memcpy(block + i * kLanes + l, &code, 1);
+          __builtin_memcpy(block + int8_offset(i, l), &code, 1);
         else
           nibbles[l] |= static_cast<uint32_t>(code) << int4_shift(i);
       }
@@ -187,10 +187,8 @@ static void mark_not_finite(QuantGroup& g) {
 static void quant_pack_panel(const PackParams& p, int64_t panel) {
   const PackedLayout& layout = p.layout;
   char* to = p.packed + panel * quant_panel_bytes(layout);
-  char* scales = to + quant_codes_bytes(layout);
-  __builtin_memset(scales, 0, quant_panel_bytes(layout) - quant_codes_bytes(layout));
   QuantGroup g;
-  for (int64_t k = 0; k < layout.k; k += layout.group, scales += kQuantScaleBytes) {
+  for (int64_t k = 0, group = 0; k < layout.k; k += layout.group, ++group) {
     g.columns = static_cast<int>(layout.k - k < layout.group ? layout.k - k : layout.group);
     quant_load(p, panel * kLanes, k, g);
     if (layout.kind == PackedKind::kInt8)
@@ -198,7 +196,9 @@ static void quant_pack_panel(const PackParams& p, int64_t panel) {
     else
       round_int4(g);
     mark_not_finite(g);
-    quant_write(layout.kind, g, to + k / kQuantBlock * quant_block_bytes(layout.kind), scales);
+    char* scales = to + quant_scales_at(layout, group);
+    __builtin_memset(scales, 0, (group % 2 == 0 ? 2 : 1) * kQuantScaleBytes);
+    quant_write(layout.kind, g, to + quant_codes_at(layout, group), scales);
   }
 }
 

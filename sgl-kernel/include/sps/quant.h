@@ -1,4 +1,4 @@
-// Weights as 8- or 4-bit codes with a scale for each group of columns; activations are not rounded.
+// Weights as 8- or 4-bit codes with a scale for each group of columns.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@ constexpr int kQuantManyRows = 48;
 bool quantized(PackedKind kind);
 int64_t quant_panel_bytes(const PackedLayout& layout);
 
-// Rows [m_begin, m_begin + m) of x as a tile reads them: cell [c * rows + r] is a float, or a pair
-// of bfloat16, of row r; columns up to a whole block and rows beyond m are 0.
+// Rows [m_begin, m_begin + m) of x as a tile reads them; columns up to a whole block and rows beyond
+// m are 0. Floats [columns][rows]; or 16-bit fixed point, group by group (kernels/quant_fixed.h).
 struct QuantRows {
   int64_t m_begin;
   int m, rows;
-  bool pairs;
+  bool fixed;
   char* cells;
 };
 
