@@ -37,6 +37,7 @@ NB_MODULE(_core, m) {
   sps::bind::bind_merge(m);
   sps::bind::bind_gemm(m);
   sps::bind::bind_packed(m);
+  sps::bind::bind_memory(m);
   sps::bind::bind_elementwise(m);
   sps::bind::bind_sampling(m);
   sps::bind::bind_fence(m);

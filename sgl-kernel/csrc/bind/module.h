@@ -8,6 +8,7 @@ void bind_attention(nanobind::module_& m);
 void bind_merge(nanobind::module_& m);
 void bind_gemm(nanobind::module_& m);
 void bind_packed(nanobind::module_& m);
+void bind_memory(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 void bind_fence(nanobind::module_& m);

@@ -19,6 +19,7 @@ from sps_kernel.fence import (
 )
 from sps_kernel.gemm import gemv, small_gemm
 from sps_kernel.links import Links, links_region_bytes
+from sps_kernel.memory import map_shared, use_huge_pages
 from sps_kernel.merge import merge_n_states, merge_states
 from sps_kernel.moves import add, copy, look_up, rope_angles, sum_parts
 from sps_kernel.packed import (
@@ -51,6 +52,7 @@ __all__ = [
     "links_region_bytes",
     "load_acquire",
     "look_up",
+    "map_shared",
     "merge_n_states",
     "merge_states",
     "pack_weight",
@@ -69,6 +71,7 @@ __all__ = [
     "store_release",
     "sum_parts",
     "unpack_weight",
+    "use_huge_pages",
     "wait_at_least",
     "wake",
 ]
