@@ -3,7 +3,7 @@
 python benchmark/gate.py [--quick] [--json FILE] [--cells chain:4096 lookalike:16384 ...]
 
 Rows of other cells that FILE already has are kept, so that long ones can be run one by one.
-`docs/adr/0008-which-pages-a-query-block-reads.md` says what the figures decided.
+`docs/adr/0009-which-pages-a-query-block-reads.md` says what the figures decided.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import gate_accuracy
 import gate_measure as measure
 import gate_unions as unions
 from gate_capture import EmbeddedModel
-from harness import arguments, report
+from harness import arguments, commit, machine
 
 Row = dict[str, Any]
 MASSES = (0.90, 0.95, 0.99)
@@ -56,7 +56,7 @@ def layer_rows(layer: measure.Layer, basis: Tensor, samples: int) -> tuple[list[
                     row[f"u {name} budget {budget} P{ranks}"] = u
                     u = unions.union_share(wide, ranks, 16)
                     row[f"u {name} budget {budget} Bq1024 P{ranks}"] = u
-        rows.append({name: round(value, 4) for name, value in row.items()})
+        rows.append({name: round(value, 3) for name, value in row.items()})
     return rows, compared(layer, known, samples)
 
 
@@ -100,12 +100,12 @@ def compared(layer: measure.Layer, known: Any, samples: int) -> Row:
     return {
         "estimators": {
             name: {
-                figure: round(sum(v) if figure in totals else statistics.fmean(v), 4)
+                figure: round(sum(v) if figure in totals else statistics.fmean(v), 3)
                 for figure, v in figures.items()
             }
             for name, figures in seen.items()
         },
-        "tails": {kind: round(statistics.fmean(errors), 4) for kind, errors in tails.items()},
+        "tails": {kind: round(statistics.fmean(errors), 3) for kind, errors in tails.items()},
     }
 
 
@@ -152,7 +152,19 @@ def summary(rows: list[Row], accuracy: list[Row]) -> dict[str, float]:
     for row in accuracy:
         key = f"{row['estimator']} tail {row['tail']} {row['budget']} {row['decode']} decode"
         figures[f"right {row['task']} {row['length']} {key}"] = row["right"] / row["asked"]
-    return {name.replace(" ", "_"): round(value, 4) for name, value in figures.items()}
+    return {name.replace(" ", "_"): round(value, 3) for name, value in figures.items()}
+
+
+def report(path: Path | None, figures: dict[str, float], raw: dict[str, list[Row]]) -> None:
+    """Print the figures and write the result file, a row a line."""
+    for name, value in figures.items():
+        print(f"{name:<60}  {value:.4g}")
+    if path:
+        rows = {name: [json.dumps(row, separators=(",", ":")) for row in raw[name]] for name in raw}
+        lists = ",\n".join(f'"{n}": [\n' + ",\n".join(r) + "\n]" for n, r in rows.items())
+        head = {"machine": machine(), "commit": commit(), "figures": figures}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(head)[:-1] + ',\n"raw": {\n' + lists + "\n}}\n")
 
 
 def older(path: Path | None) -> dict[str, list[Row]]:
@@ -179,6 +191,7 @@ def main() -> None:
     bases = [measure.key_basis(k) for _, k, _ in model.capture(calibration.prompt, model.layers)]
     if options.quick:
         options.cells, options.answers, options.samples = ["chain:2048"], ["chain:2048"], 4
+        options.setups, options.questions = gate_accuracy.QUICK, 4
     raw = older(options.json)
     for cell in options.cells:
         for row in document_rows(model, bases, cell, options):

@@ -99,6 +99,7 @@ SETUPS: dict[str, Setup] = {
     "sketch rank 16, 4 bits": Setup(SketchedKeys(), bits=4, low_rank=True),
     "sketch rank 16, 2 bits": Setup(SketchedKeys(), bits=2, low_rank=True),
 }
+QUICK = ["dense", "null", "mean", "min-max (Quest)", "sketch 2 bits, 16 rows"]
 
 
 class SparseAttention:
