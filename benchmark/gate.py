@@ -64,7 +64,8 @@ def sets_row(mean: Tensor, largest: Tensor) -> Row:
     """Oracle sets of one KV head: density, union share, cheapest plan."""
     row: Row = {}
     for pages in BLOCK_PAGES:
-        named = {f"mass {m}": unions.mass_sets(mean, m, pages) for m in MASSES}
+        masses = MASSES if pages == 1 else ()
+        named = {f"mass {m}": unions.mass_sets(mean, m, pages) for m in masses}
         named |= {f"budget {b}": unions.budget_sets(largest, b, pages) for b in BUDGETS}
         for name, sets in named.items():
             key = f"{name} Bq{pages * unions.PAGE}"
@@ -135,8 +136,7 @@ def summary(rows: list[Row], accuracy: list[Row]) -> dict[str, float]:
         layers = [row for row in rows if row["length"] == length]
         heads = [head for layer in layers for head in layer["heads"]]
         for name in sorted(heads[0].keys() & heads[-1].keys()):
-            if "mass" not in name or "Bq64" in name:
-                figures[f"{name} {length}"] = statistics.fmean(h[name] for h in heads)
+            figures[f"{name} {length}"] = statistics.fmean(h[name] for h in heads)
         compared = [layer for layer in layers if layer["estimators"]]
         for name in compared[0]["estimators"] if compared else ():
             cells = [layer["estimators"][name] for layer in compared]
