@@ -29,9 +29,10 @@ class Store:
     rows: list[Row] = field(default_factory=list)
 
     def load(self) -> None:
-        """Take over the rows of an earlier, cut off run."""
+        """Take over the rows of an earlier, cut off run; what failed there is tried again."""
         if self.path and self.path.exists():
-            self.rows = json.loads(self.path.read_text())["raw"]
+            rows = json.loads(self.path.read_text())["raw"]
+            self.rows = [row for row in rows if row["kind"] != "skipped"]
 
     def add(self, row: Row) -> None:
         self.rows.append(row)

@@ -153,13 +153,17 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_left(tmp_path: Path) -> Non
     assert measure(PAIR, again, PAIR.cells) == []
 
 
-def test_a_side_that_fails_is_recorded_and_the_rest_is_kept() -> None:
-    store = Store(None, {})
+def test_a_side_that_fails_is_recorded_and_the_rest_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out.json", {})
     cells = (Cell(1, 8, 3), Cell(1, 99, 3), Cell(1, 7, 3))
     story = measure(PAIR, store, cells)
     assert [row["cell"] for row in store.of("cell", "pair")] == ["b1_8"]
     assert store.of("skipped", "pair")[0]["why"] == "b1_99: out of memory"
     assert story[-2:] == ["ours ends", "peer ends"]
+    again = Store(tmp_path / "out.json", {})
+    again.load()
+    assert again.of("skipped", "pair") == []
+    assert [cell.length for cell in again.left(PAIR, cells)] == [99, 7]
 
 
 def test_a_side_that_does_not_start_ends_the_other() -> None:
