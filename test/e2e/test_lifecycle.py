@@ -146,11 +146,11 @@ def test_pings_in_silence(tokenizer_directory: Path) -> None:
 
 
 def test_probes_for_a_token_share_one_request(tokenizer_directory: Path) -> None:
-    with LiveServer(tokenizer_directory, timeouts=Timeouts(probe=0.3)) as live:
+    with LiveServer(tokenizer_directory, timeouts=Timeouts(probe=2.0)) as live:
         live.engine.held = True
         probes = [in_background(httpx.get, f"{live.url}/health_generate") for _ in range(12)]
         for thread, _ in probes:
-            thread.join(5)
+            thread.join(10)
         assert len(live.engine.requests) <= 2
         assert {answers[0].status_code for _, answers in probes} <= {200, 503}
         until(lambda: not live.engine.running)
