@@ -12,7 +12,6 @@ import torch
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.models.arena import (
     Arena,
-    announce_cached,
     create_shared_arena,
     first_rank,
     open_shared_arena,
@@ -100,11 +99,17 @@ def load_weights(
             return create_shared_arena(layout, shared.fd, fill)
         cache = WeightCache(spec.cache_dir, packing.checksum)
         key = cache_key(layout, packing, _source(spec).identity())
-        if found := cache.find(key, layout.nbytes):
-            logger.info("weights are mapped from %s", found.path)
-            return announce_cached(layout, shared.fd, found)
-        arena = create_shared_arena(layout, shared.fd, fill)
-        keep_in_background(cache, key, arena.memory, shared.fd)
+        kept = False
+
+        def load_or_fill(arena: Arena) -> None:
+            nonlocal kept
+            kept = cache.load(key, arena.memory)
+            if not kept:
+                fill(arena)
+
+        arena = create_shared_arena(layout, shared.fd, load_or_fill)
+        if not kept:
+            keep_in_background(cache, key, arena.memory, shared.fd)
         return arena
 
 

@@ -1,8 +1,8 @@
-"""Packed weights on disk, so that the next start only maps them.
+"""Packed weights on disk, so that the next start only reads them.
 
 One file a layout and checkpoint, named by its key. A file is written under another name, synced
 and renamed, so that one with its own name is whole, whoever else writes beside; its checksum is
-compared when it is opened, so that one that decayed is made anew. Nothing in it is code.
+compared when it is read, so that one that decayed is made anew. Nothing in it is code.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from torch import Tensor
 
 from sps_runtime.models.layout import Layout
-from sps_runtime.models.memory import HEADER_BYTES, map_read_only
+from sps_runtime.models.memory import HEADER_BYTES
 from sps_runtime.ops.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -49,20 +50,6 @@ def cache_key(layout: Layout, packing: Packing, source: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A valid file, mapped.
-
-    Attributes:
-        header: what a rank that opens it later must find in it.
-        memory: uint8, what lies behind the header.
-    """
-
-    path: Path
-    header: bytes
-    memory: Tensor
-
-
-@dataclass(frozen=True)
 class WeightCache:
     """A directory of packed weights.
 
@@ -76,23 +63,38 @@ class WeightCache:
     def path(self, key: bytes) -> Path:
         return self.directory / f"{key.hex()[:32]}.weights"
 
-    def find(self, key: bytes, nbytes: int) -> Found | None:
-        """The weights of `key`, or None: not here, or no longer what was written."""
+    def load(self, key: bytes, memory: Tensor) -> bool:
+        """Fill `memory`, uint8, with the weights of `key`; False when they are not here, or are no
+        longer what was written: then what `memory` holds means nothing."""
         path = self.path(key)
         try:
-            found = open_cached(path, None)
+            with path.open("rb", buffering=0) as file:
+                self._read(file, key, memory)
         except FileNotFoundError:
-            return None
+            return False
         except OSError as error:
             logger.warning("cached weights are made anew: %s", error)
-            return None
-        _, kept_key, kept_bytes, checksum = HEADER.unpack(found.header[: HEADER.size])
-        if kept_key != key or kept_bytes != nbytes or self.checksum(found.memory) != checksum:
-            logger.warning("cached weights are made anew: %s is damaged", path)
-            return None
+            return False
         with suppress(OSError):
             os.utime(path)  # who clears old files away sees that it is in use
-        return found
+        logger.info("weights are read from %s", path)
+        return True
+
+    def _read(self, file: FileIO, key: bytes, memory: Tensor) -> None:
+        """Raises OSError when the file is not what `_write` wrote."""
+        raw = os.pread(file.fileno(), HEADER.size + CRC.size, 0)
+        whole = len(raw) == HEADER.size + CRC.size
+        if not whole or CRC.unpack(raw[HEADER.size :])[0] != zlib.crc32(raw[: HEADER.size]):
+            raise OSError(f"{file.name} has another header")
+        magic, kept_key, nbytes, checksum = HEADER.unpack(raw[: HEADER.size])
+        if (magic, kept_key, nbytes) != (MAGIC, key, len(memory)):
+            raise OSError(f"{file.name} holds other weights")
+        if os.fstat(file.fileno()).st_size != HEADER_BYTES + nbytes:
+            raise OSError(f"{file.name} is truncated")
+        file.seek(HEADER_BYTES)
+        _read_into(file, memory)
+        if self.checksum(memory) != checksum:
+            raise OSError(f"{file.name} is damaged")
 
     def keep(self, key: bytes, memory: Tensor, fd: int) -> None:
         """Write the weights of `key`, unless the disk does not let us; then say so.
@@ -156,25 +158,13 @@ def keep_in_background(cache: WeightCache, key: bytes, memory: Tensor, fd: int) 
     threading.Thread(target=work, name="weight-cache", daemon=True).start()
 
 
-def open_cached(path: Path, header: bytes | None) -> Found:
-    """Map a file of the cache; its checksum is the caller's affair.
-
-    Args:
-        header: what must stand in it; None takes any.
-
-    Raises:
-        OSError: it is not there, is truncated, or is not that file.
-    """
-    size = HEADER.size + CRC.size
-    with path.open("rb") as file:
-        raw = os.pread(file.fileno(), size, 0)
-        valid = len(raw) == size and CRC.unpack(raw[-CRC.size :])[0] == zlib.crc32(raw[: -CRC.size])
-        if not valid or raw[: len(MAGIC)] != MAGIC or header not in (None, raw):
-            raise OSError(f"{path} has another header")
-        nbytes = HEADER.unpack(raw[: HEADER.size])[2]
-        if os.fstat(file.fileno()).st_size != HEADER_BYTES + nbytes:
-            raise OSError(f"{path} is truncated")
-        return Found(path, raw, map_read_only(file.fileno(), nbytes))
+def _read_into(file: FileIO, memory: Tensor) -> None:
+    target, at = memoryview(memory.numpy()), 0
+    while at < len(target):
+        got = file.readinto(target[at : at + CHUNK_BYTES])
+        if not got:
+            raise OSError(f"{file.name} ends early")
+        at += got
 
 
 def _copy(source: int, target: int, begin: int, end: int) -> None:
