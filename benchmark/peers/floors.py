@@ -42,7 +42,7 @@ print(json.dumps({"gemm_flops_per_s": flops, "read_bytes_per_s": rate}))
 def measure(threads: int) -> Floor:
     """Best of five bf16 GEMMs (plain and prepacked) and of five reads of 512 MB (three ways).
 
-    What is read lies in huge pages, as the weights of some engines do: plain ones are 10-20% slower.
+    What is read lies in huge pages, as some engines' weights do: plain ones are 10-20% slower.
     """
     command = [sys.executable, "-c", _PROBE, str(threads), str(PROBES)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
