@@ -1,32 +1,68 @@
 """What attention reads in a step of one new token a sequence, in arrays that stay: later steps of
 the same shape write other values into them, so that a recording of the step can be replayed.
+
+This runs between two replays, when all caches are full of weights and each line of Python costs
+several times what it does in a loop; so it goes from the plan to the arrays in few steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sps_runtime.attention.backend import PageLists
-from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.types.plan import StepPlan
 
 Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PageReaders:
+    """Who attends to which pages.
+
+    Attributes:
+        page_size, pages_per_rank: of the pools.
+        sp_rank: this SP rank.
+        member: its index in the group.
+        readers: for each SP rank, the member of the group that attends to its pages.
+    """
+
+    page_size: int
+    pages_per_rank: int
+    sp_rank: int
+    member: int
+    readers: tuple[int, ...]
+
+    @property
+    def all_mine(self) -> bool:
+        """Whether this rank attends to every page."""
+        return all(reader == self.member for reader in self.readers)
 
 
 class _Lists:
     """Page lists of all rows for one window."""
 
-    def __init__(self, rows: int, capacity: int) -> None:
+    def __init__(self, rows: int, capacity: int, kv_heads: int) -> None:
         self.items = np.zeros((rows, 8), dtype=np.int32)
+        self.items[:, 0], self.items[:, 1], self.items[:, 7] = np.arange(rows), 1, kv_heads
         self.page_ids = np.zeros(capacity, dtype=np.int32)
         self.page_positions = np.zeros(capacity, dtype=np.int32)
+        self.used = 0
         self.remote_tokens = 0
         arrays = (self.items, self.page_ids, self.page_positions)
         self.pages = PageLists(*(torch.from_numpy(array) for array in arrays), complete=True)
+
+    def put(self, row: int, position: int, ids: Int32s, positions: Int32s) -> None:
+        """The pages that a row at `position` sees."""
+        begin, count = self.used, len(ids)
+        self.used = end = begin + count
+        self.page_ids[begin:end] = ids
+        self.page_positions[begin:end] = positions
+        self.items[row, 2:6] = position, begin, count, position + 1
 
 
 class DecodeInputs:
@@ -36,9 +72,6 @@ class DecodeInputs:
         rows: sequences of the step.
         capacity: pages of all of them together, at most.
         kv_heads: of the TP slice.
-        readers: for each SP rank, the member of the group that attends to its pages.
-        member: this rank's index in the group.
-        sp_rank: this SP rank.
 
     Attributes:
         tokens_T, positions_T: int64 ``[rows]``.
@@ -46,20 +79,12 @@ class DecodeInputs:
             another rank does.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        capacity: int,
-        *,
-        kv_heads: int,
-        readers: Sequence[int],
-        member: int,
-        sp_rank: int,
-    ) -> None:
+    def __init__(self, rows: int, capacity: int, kv_heads: int, readers: PageReaders) -> None:
         self.rows, self.capacity = rows, capacity
         self._kv_heads = kv_heads
-        self._readers = np.asarray(readers)
-        self._member, self._sp_rank = member, sp_rank
+        self._who = readers
+        self._member_of = np.array(readers.readers)
+        self._page_starts = np.arange(capacity, dtype=np.int32) * readers.page_size
         self._tokens = np.zeros(rows, dtype=np.int64)
         self._positions = np.zeros(rows, dtype=np.int64)
         self._slots = np.full(rows, -1, dtype=np.int32)
@@ -69,24 +94,35 @@ class DecodeInputs:
         self.slots_T = torch.from_numpy(self._slots)
         self.offsets_T = torch.from_numpy(self._offsets)
         self._lists: dict[int | None, _Lists] = {}
-        self._layout: ShardLayout | None = None
+        self._plan: StepPlan | None = None
 
-    def fill(self, layout: ShardLayout, tokens: Int64s) -> None:
+    def fill(self, plan: StepPlan, tokens: Sequence[int]) -> None:
         """Take the values of a step.
 
         Args:
-            layout: with `rows` sequences of one new token each, and at most `capacity` pages.
+            plan: with `rows` sequences of one new token each, and at most `capacity` pages.
             tokens: their ids.
+
+        Raises:
+            ValueError: a sequence's pages do not cover its tokens, or a new token's page lies
+                outside of the group.
         """
-        self._layout = layout
+        self._plan = plan
+        who = self._who
         self._tokens[:] = tokens
-        self._positions[:] = layout.starts
-        writes = layout.writes(self._member)
-        self._slots.fill(-1)
-        rows = slice(None) if writes.rows is None else writes.rows
-        self._slots[rows], self._offsets[rows] = writes.slots, writes.offsets
+        for row, sequence in enumerate(plan.sequences):
+            page, offset = divmod(sequence.start, who.page_size)
+            if len(sequence.pages) < 4 * (page + 1):
+                raise ValueError(f"epoch {plan.epoch}: pages do not cover the sequences' tokens")
+            id_bytes = sequence.pages[4 * page : 4 * page + 4]
+            owner, slot = divmod(int.from_bytes(id_bytes, "little"), who.pages_per_rank)
+            if owner not in plan.group:
+                raise ValueError(f"epoch {plan.epoch} writes pages outside its group {plan.group}")
+            self._positions[row] = sequence.start
+            self._slots[row] = slot if owner == who.sp_rank else -1
+            self._offsets[row] = offset
         for window, lists in self._lists.items():
-            self._fill(lists, layout, window)
+            self._fill(lists, plan, window)
 
     def lists(self, window: int | None) -> PageLists:
         """The page lists of layers with this window; rows that see none of this rank's pages have
@@ -100,28 +136,29 @@ class DecodeInputs:
     def _of(self, window: int | None) -> _Lists:
         lists = self._lists.get(window)
         if lists is None:
-            if self._layout is None:
+            if self._plan is None:
                 raise ValueError("fill comes first")
-            lists = self._lists[window] = _Lists(self.rows, self.capacity)
-            self._fill(lists, self._layout, window)
+            lists = self._lists[window] = _Lists(self.rows, self.capacity, self._kv_heads)
+            self._fill(lists, self._plan, window)
         return lists
 
-    def _fill(self, lists: _Lists, layout: ShardLayout, window: int | None) -> None:
-        pages = layout.pages
-        seen = self._readers[pages.owners] == self._member
-        if window is not None:
-            sequence = np.repeat(np.arange(self.rows), np.diff(pages.first))
-            first_seen = np.maximum(layout.starts - window + 1, 0)
-            seen &= pages.positions + layout.page_size > first_seen[sequence]
-        index = np.flatnonzero(seen)
-        count = len(index)
-        lists.page_ids[:count] = pages.ids[index]
-        lists.page_positions[:count] = pages.positions[index]
-        bounds = np.searchsorted(index, pages.first)
-        items = lists.items
-        items[:, 0], items[:, 1] = np.arange(self.rows), 1
-        items[:, 2], items[:, 5] = layout.starts, layout.lengths
-        items[:, 3], items[:, 4] = bounds[:-1], np.diff(bounds)
-        items[:, 6], items[:, 7] = 0, self._kv_heads
-        remote = seen & (pages.owners != self._sp_rank)
-        lists.remote_tokens = int(pages.tokens[remote].sum())
+    def _fill(self, lists: _Lists, plan: StepPlan, window: int | None) -> None:
+        who = self._who
+        alone, all_mine = len(who.readers) == 1, who.all_mine
+        lists.used = lists.remote_tokens = 0
+        for row, sequence in enumerate(plan.sequences):
+            position = sequence.start
+            end = position // who.page_size + 1
+            begin = 0 if window is None else max(position - window + 1, 0) // who.page_size
+            ids = np.frombuffer(sequence.pages, np.int32, end - begin, 4 * begin)
+            starts = self._page_starts[begin:end]
+            if alone:
+                lists.put(row, position, ids, starts)
+                continue
+            owners = ids // who.pages_per_rank
+            if not all_mine:
+                mine = np.flatnonzero(self._member_of[owners] == who.member)
+                ids, starts, owners = ids[mine], starts[mine], owners[mine]
+            lists.put(row, position, ids, starts)
+            remote = starts[owners != who.sp_rank]
+            lists.remote_tokens += int(np.minimum(position + 1 - remote, who.page_size).sum())

@@ -120,6 +120,27 @@ def build_input(
     )
 
 
+def decode_tokens(
+    plan: StepPlan, board: TokenBoard, timeout_s: float = 60.0
+) -> tuple[list[int], dict[int, int]]:
+    """The ids of a step of one new token a sequence, and those of them that came from the board, by
+    index of their sequence; waits for these.
+
+    Raises:
+        TimeoutError: when a token that the plan names does not appear on the board.
+    """
+    tokens = [int.from_bytes(sequence.tokens[:4], "little") for sequence in plan.sequences]
+    missing = [i for i, sequence in enumerate(plan.sequences) if sequence.board_epoch >= 0]
+    if not missing:
+        return tokens, {}
+    slots = np.array([plan.sequences[i].slot for i in missing])
+    epochs = np.array([plan.sequences[i].board_epoch for i in missing])
+    found = dict(zip(missing, board.read(slots, epochs, timeout_s).tolist(), strict=True))
+    for index, token in found.items():
+        tokens[index] = token
+    return tokens, found
+
+
 def _flat_tokens(plan: StepPlan, layout: ShardLayout) -> tuple[Ints, Ints]:
     """Ids of all tokens of a plan, sequence by sequence, and the index of each sequence's last."""
     last_S = layout.counts.cumsum() - 1

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.build import sequence_attention
+from sps_runtime.attention.sequence_parallel.decode import DecodeAttention
 from sps_runtime.attention.sequence_parallel.in_flight import Flight, applies, cut
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
-from sps_runtime.layers.step import LinearPlacement, SequenceAttention, StepContext
+from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.ops.recording import Recorder
-from sps_runtime.runner.input_batch import InputBatch, build_input
+from sps_runtime.runner.input_batch import InputBatch, build_input, decode_tokens
 from sps_runtime.runner.micro_batches import fly
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
@@ -38,6 +39,9 @@ from sps_runtime.types.plan import (
     StepPlan,
     StepResult,
 )
+
+Ran = tuple[int, tuple[SampledToken, ...], tuple[PromptLogprobs, ...]]
+"""Rows that a rank computed in a step, what it sampled, what it judged."""
 
 
 class Model(Protocol):
@@ -60,16 +64,15 @@ class Step:
         member: this rank's index in the group.
         links: the group's communicators.
         batch: tokens and rows.
-        context: what the model's forward is given; None where `StepGraphs` makes it.
+        context: what the model's forward is given.
         flight: the step's micro-batches, where it runs in several at once.
     """
 
     plan: StepPlan
-    layout: ShardLayout
     member: int
     links: GroupLinks
     batch: InputBatch
-    context: StepContext | None
+    context: StepContext
     flight: Flight | None = None
 
 
@@ -121,15 +124,9 @@ class ModelRunner:
         began, waited = time.perf_counter(), self._board.waited_s
         traffic = self._means.traffic
         traffic.take()
-        span = self._timeline.span
-        with span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
-            with span("prepare", "host"):
-                step = self._prepare(plan)
-            with span("forward", "forward", tokens=len(step.batch.tokens_T)):
-                hidden_TD, logits_RV = self._forward(step)
-            with span("sample", "host"):
-                sampled = self._sample(step, logits_RV)
-            judged = self._judge(step, hidden_TD)
+        with self._timeline.span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
+            run = self._run_decode if self._graphs.takes(plan) else self._run
+            rows, sampled, judged = run(plan)
         took = traffic.take()
         exposed = took.exposed_s + self._board.waited_s - waited
         counters = StepCounters(
@@ -138,9 +135,54 @@ class ModelRunner:
             linear_bytes=took.linear_bytes,
             exposed_s=exposed,
             compute_s=max(0.0, time.perf_counter() - began - exposed),
-            token_layers=len(step.batch.tokens_T) * self._means.store.shape.layers,
+            token_layers=rows * self._means.store.shape.layers,
         )
         return StepResult(plan.epoch, self._means.mesh.rank, sampled, judged, counters)
+
+    def _run(self, plan: StepPlan) -> Ran:
+        span = self._timeline.span
+        with span("prepare", "host"):
+            step = self._prepare(plan)
+        rows = len(step.batch.tokens_T)
+        with span("forward", "forward", tokens=rows):
+            hidden_TD = self._forward(step)
+        with span("sample", "host"):
+            sampled = self._sample(step, hidden_TD)
+        return rows, sampled, self._judge(step, hidden_TD)
+
+    def _run_decode(self, plan: StepPlan) -> Ran:
+        """A step of one new token a sequence: `StepGraphs` has everything ready but its values."""
+        span, member = self._timeline.span, plan.group.index(self._means.mesh.sp_rank)
+        with span("prepare", "host"):
+            tokens, board_tokens = decode_tokens(plan, self._board, self._token_timeout_s)
+            links = self._links(plan.group)
+        rows = len(tokens)
+        with span("forward", "forward", tokens=rows):
+            logits_RV = self._graphs.run(plan, tokens, links, self._decode_context)
+        with span("sample", "host"):
+            sequences = range(rows) if self._speaks(plan, member) else ()
+            found = sample(logits_RV, plan, sequences, board_tokens) if sequences else []
+            if self._means.mesh.tp_rank == 0:
+                here = SampledHere(sequences, [token.token for token in found])
+                others: list[Sequence[int]] = [()] * (len(plan.group) - 1)
+                self._publish(plan, links, here, [range(rows), *others])
+        return rows, tuple(found), ()
+
+    def _decode_context(
+        self, plan: StepPlan, links: GroupLinks, positions_T: Tensor, attend: DecodeAttention
+    ) -> StepContext:
+        counts = (len(plan.sequences),) * len(plan.group)
+        linear = place(plan.placement, self._arch, links, counts, self._means.ops)
+        return StepContext(positions_T=positions_T, linear=linear, attend=attend)
+
+    def _decode(self, tokens_T: Tensor, context: StepContext) -> Tensor:
+        """fp32 logits of all rows; what `StepGraphs` records."""
+        hidden_RD = self._model.forward(tokens_T, context)
+        logits_RV = self._model.logits(hidden_RD, context.linear)
+        if logits_RV.dtype == torch.float32:
+            return logits_RV
+        out_RV = logits_RV.new_empty(logits_RV.shape, dtype=torch.float32)
+        return self._means.ops.moves.copy_(out_RV, logits_RV)
 
     def _prepare(self, plan: StepPlan) -> Step:
         means, shape = self._means, self._means.store.shape
@@ -148,12 +190,12 @@ class ModelRunner:
         member = layout.member(means.mesh.sp_rank)
         batch = build_input(plan, layout, member, self._board, self._token_timeout_s)
         links = self._links(plan.group)
-        context = None
-        if not self._graphs.takes(plan, layout):
-            attend = sequence_attention(plan, layout, means)
-            context = self._context(plan, layout, links, batch.positions_T, attend)
-        flight = self._flight(plan, layout)
-        return Step(plan, layout, member, links, batch, context, flight)
+        context = StepContext(
+            positions_T=batch.positions_T,
+            linear=place(plan.placement, self._arch, links, layout.rows, means.ops),
+            attend=sequence_attention(plan, layout, means),
+        )
+        return Step(plan, member, links, batch, context, self._flight(plan, layout))
 
     def _flight(self, plan: StepPlan, layout: ShardLayout) -> Flight | None:
         if not (self._pipeline and self._arch == "ntp" and applies(plan, self._means)):
@@ -161,37 +203,10 @@ class ModelRunner:
         plans = cut(plan, layout)
         return Flight(plans, layout, self._means) if len(plans) > 1 else None
 
-    def _context(
-        self,
-        plan: StepPlan,
-        layout: ShardLayout,
-        links: GroupLinks,
-        positions_T: Tensor,
-        attend: SequenceAttention,
-    ) -> StepContext:
-        linear = place(plan.placement, self._arch, links, layout.rows, self._means.ops)
-        return StepContext(positions_T=positions_T, linear=linear, attend=attend)
-
-    def _decode(self, tokens_T: Tensor, context: StepContext) -> Tensor:
-        """Logits of all rows; what `StepGraphs` records."""
-        return self._model.logits(self._model.forward(tokens_T, context), context.linear)
-
-    def _forward(self, step: Step) -> tuple[Tensor | None, Tensor | None]:
-        """The hidden states of this rank's tokens, None of a decode step; and the logits of its
-        rows to sample, None where nobody samples."""
-        plan, batch = step.plan, step.batch
-        if step.context is None:
-            make = partial(self._context, plan, step.layout, step.links)
-            tokens = batch.tokens_T.numpy()
-            return None, self._graphs.run(plan, step.layout, tokens, step.links, make)
+    def _forward(self, step: Step) -> Tensor:
         if step.flight is None:
-            hidden_TD = self._model.forward(batch.tokens_T, step.context)
-        else:
-            hidden_TD = fly(self._model.forward, step.flight, batch, step.links)
-        rows = batch.sampled
-        if not any(rows.per_member):
-            return hidden_TD, None
-        return hidden_TD, self._logits(step, hidden_TD, rows.rows, rows.per_member)
+            return self._model.forward(step.batch.tokens_T, step.context)
+        return fly(self._model.forward, step.flight, step.batch, step.links)
 
     def _links(self, group: tuple[int, ...]) -> GroupLinks:
         mesh, mailroom = self._means.mesh, self._means.mailroom
@@ -209,36 +224,44 @@ class ModelRunner:
             return hidden_TD.new_empty(0, self._vocab)
         return self._model.logits(hidden_TD[rows], head)
 
-    def _speaks(self, step: Step) -> bool:
+    def _speaks(self, plan: StepPlan, member: int) -> bool:
         """Whether this rank samples and reports: the others of its kind hold the same logits."""
-        replica = step.plan.placement == "replicated" and step.member > 0
+        replica = plan.placement == "replicated" and member > 0
         return self._means.mesh.tp_rank == 0 and not replica
 
-    def _sample(self, step: Step, logits_RV: Tensor | None) -> tuple[SampledToken, ...]:
+    def _sample(self, step: Step, hidden_TD: Tensor) -> tuple[SampledToken, ...]:
         batch, plan = step.batch, step.plan
-        if logits_RV is None:
+        rows = batch.sampled
+        if not any(rows.per_member):
             return ()
-        sequences = batch.sampled.sequences.tolist() if self._speaks(step) else []
+        logits_RV = self._logits(step, hidden_TD, rows.rows, rows.per_member)
+        sequences = rows.sequences.tolist() if self._speaks(plan, step.member) else []
         found = sample(logits_RV, plan, sequences, batch.board_tokens) if sequences else []
         if self._means.mesh.tp_rank == 0:
-            self._publish(step, SampledHere(sequences, [token.token for token in found]))
+            samplers = [sequences.tolist() for sequences in rows.by_member]
+            if plan.placement == "replicated":
+                samplers[1:] = [[] for _ in samplers[1:]]
+            here = SampledHere(sequences, [token.token for token in found])
+            self._publish(plan, step.links, here, samplers)
         return tuple(found)
 
-    def _publish(self, step: Step, sampled: SampledHere) -> None:
-        plan, by_member = step.plan, step.batch.sampled.by_member
-        samplers = [sequences.tolist() for sequences in by_member]
-        if plan.placement == "replicated":
-            samplers[1:] = [[] for _ in samplers[1:]]
+    def _publish(
+        self,
+        plan: StepPlan,
+        links: GroupLinks,
+        sampled: SampledHere,
+        samplers: Sequence[Sequence[int]],
+    ) -> None:
         hosts = [self._means.hosts[rank] for rank in plan.group]
-        publish(plan, sampled, samplers, hosts, step.links.sp, self._board)
+        publish(plan, sampled, samplers, hosts, links.sp, self._board)
 
-    def _judge(self, step: Step, hidden_TD: Tensor | None) -> tuple[PromptLogprobs, ...]:
+    def _judge(self, step: Step, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
         judged, sequences = step.batch.judged, step.plan.sequences
-        if hidden_TD is None or not any(judged.per_member):
+        if not any(judged.per_member):
             return ()
         logits = partial(self._logits, step, hidden_TD)
         values = judge_prompt(judged, sequences, self._vocab, logits)
-        return as_runs(judged, values, sequences) if self._speaks(step) else ()
+        return as_runs(judged, values, sequences) if self._speaks(step.plan, step.member) else ()
 
 
 def replay(runner: ModelRunner, plans: Iterable[StepPlan]) -> Iterator[StepResult]:

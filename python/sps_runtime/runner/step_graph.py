@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.decode_inputs import DecodeInputs, Int64s
+from sps_runtime.attention.decode_inputs import DecodeInputs
 from sps_runtime.attention.sequence_parallel.decode import (
     DecodeAttention,
     capacity_for,
     decode_inputs,
     is_decode,
+    page_count,
     reachable,
 )
-from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.layers.placement import GroupLinks
 from sps_runtime.layers.step import StepContext
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 Compute = Callable[[Tensor, StepContext], Tensor]
 """Ids and context of a decode step -> logits of all rows; the model's ordinary code."""
+
+MakeContext = Callable[[StepPlan, GroupLinks, Tensor, DecodeAttention], StepContext]
+"""From a decode step's plan, links, positions and attention to its context."""
 
 Key = tuple[tuple[int, ...], Placement, int]
 
@@ -84,35 +87,35 @@ class StepGraphs:
         self._limit = limit
         self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
 
-    def takes(self, plan: StepPlan, layout: ShardLayout) -> bool:
+    def takes(self, plan: StepPlan) -> bool:
         """Whether `run` computes this step."""
         return (
             self._means.backend.recordable
             and len(plan.sequences) <= self._max_rows
             and is_decode(plan)
-            and reachable(layout, self._means)
+            and reachable(plan, self._means)
         )
 
     def run(
         self,
         plan: StepPlan,
-        layout: ShardLayout,
-        tokens: Int64s,
+        tokens: Sequence[int],
         links: GroupLinks,
-        context: Callable[[Tensor, DecodeAttention], StepContext],
+        context: MakeContext,
     ) -> Tensor:
         """Logits of all rows, valid until the next call.
 
         Args:
             tokens: ids of the rows.
             links: the group's.
-            context: makes the context of a step from its positions and its attention.
+            context: makes the context of the step.
 
         Raises:
             ConnectionError: a peer is gone or late.
+            ValueError: the plan contradicts itself.
         """
-        shape = self._shape(plan, layout, links, context)
-        shape.inputs.fill(layout, tokens)
+        shape = self._shape(plan, links, context)
+        shape.inputs.fill(plan, tokens)
         if isinstance(shape.recording, Recording):
             logits_RV = self._replay(shape, shape.recording)
         else:
@@ -120,19 +123,14 @@ class StepGraphs:
         self._means.traffic.attention_bytes += shape.attention.remote_bytes()
         return logits_RV
 
-    def _shape(
-        self,
-        plan: StepPlan,
-        layout: ShardLayout,
-        links: GroupLinks,
-        context: Callable[[Tensor, DecodeAttention], StepContext],
-    ) -> _Shape:
+    def _shape(self, plan: StepPlan, links: GroupLinks, context: MakeContext) -> _Shape:
         key = (plan.group, plan.placement, len(plan.sequences))
         shape = self._shapes.get(key)
-        if shape is None or shape.inputs.capacity < len(layout.pages.ids):
-            inputs = decode_inputs(layout, self._means, capacity_for(layout))
+        pages = page_count(plan, self._means.store.shape.page_size)
+        if shape is None or shape.inputs.capacity < pages:
+            inputs = decode_inputs(plan, self._means, capacity_for(pages))
             attention = DecodeAttention(inputs, self._means, links.sp)
-            made = _Shape(inputs, attention, context(inputs.positions_T, attention))
+            made = _Shape(inputs, attention, context(plan, links, inputs.positions_T, attention))
             if shape is not None and isinstance(shape.recording, str):
                 made.recording = shape.recording
             shape = self._shapes[key] = made

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.decode_inputs import DecodeInputs
+from sps_runtime.attention.decode_inputs import DecodeInputs, PageReaders
 from sps_runtime.attention.sequence_parallel.partials import packed_bytes, unpack
-from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.types.plan import StepPlan
@@ -37,33 +36,41 @@ def is_decode(plan: StepPlan) -> bool:
     )
 
 
-def reachable(layout: ShardLayout, context: AttentionContext) -> bool:
+def page_count(plan: StepPlan, page_size: int) -> int:
+    """Pages of all sequences of a decode step."""
+    return sum(sequence.start // page_size + 1 for sequence in plan.sequences)
+
+
+def reachable(plan: StepPlan, context: AttentionContext) -> bool:
     """Whether every page lies with a member of the group, or can be read here in place."""
-    owners = layout.pages.owners
-    readable = np.asarray(context.store.readable)[owners]
-    if len(layout.group) == 1:
-        return bool(readable.all())
-    return bool((readable | np.isin(owners, layout.group)).all())
+    readable, shape = context.store.readable, context.store.shape
+    if all(readable):
+        return True
+    members = plan.group if len(plan.group) > 1 else ()
+    reached = np.array([ok or rank in members for rank, ok in enumerate(readable)])
+    packed = b"".join(
+        sequence.pages[: 4 * (sequence.start // shape.page_size + 1)] for sequence in plan.sequences
+    )
+    return bool(reached[np.frombuffer(packed, np.int32) // shape.slots].all())
 
 
-def decode_inputs(layout: ShardLayout, context: AttentionContext, capacity: int) -> DecodeInputs:
+def decode_inputs(plan: StepPlan, context: AttentionContext, capacity: int) -> DecodeInputs:
     """Arrays for a step's shape; `fill` comes next.
 
     Pages outside of the group are dealt to members by SP rank.
     """
-    group, mesh = layout.group, context.mesh
-    readers = [
-        group.index(sp_rank) if sp_rank in group else sp_rank % len(group)
-        for sp_rank in range(mesh.sp_size)
-    ]
-    return DecodeInputs(
-        len(layout.starts),
-        capacity,
-        kv_heads=context.store.shape.kv_heads,
-        readers=readers,
-        member=layout.member(mesh.sp_rank),
+    group, mesh, shape = plan.group, context.mesh, context.store.shape
+    readers = PageReaders(
+        page_size=shape.page_size,
+        pages_per_rank=shape.slots,
         sp_rank=mesh.sp_rank,
+        member=group.index(mesh.sp_rank),
+        readers=tuple(
+            group.index(sp_rank) if sp_rank in group else sp_rank % len(group)
+            for sp_rank in range(mesh.sp_size)
+        ),
     )
+    return DecodeInputs(len(plan.sequences), capacity, shape.kv_heads, readers)
 
 
 class DecodeAttention:
@@ -154,6 +161,6 @@ class DecodeAttention:
         return like.new_empty(nbytes, dtype=torch.uint8)
 
 
-def capacity_for(layout: ShardLayout, least: int = 256) -> int:
+def capacity_for(pages: int, least: int = 256) -> int:
     """Pages to make room for: some more than now, so that a growing context seldom asks again."""
-    return max(least, 1 << (2 * len(layout.pages.ids) - 1).bit_length())
+    return max(least, 1 << (2 * pages - 1).bit_length())
