@@ -77,8 +77,12 @@ static void fixed_tile(const QuantTile& t) {
     for (int64_t b = 0; b < blocks; ++b, codes += Codes::kBytes) {
       const Codes block(codes);
 #pragma GCC unroll 2
-      for (int i = 0; i < Codes::kBytes && kRows >= kFixedPrefetchRows; i += 64)
-        __builtin_prefetch(codes + i + kFixedPrefetch);
+      for (int i = 0; i < Codes::kBytes; i += 64) {
+        if (t.to_next != 0)
+          __builtin_prefetch(codes + i + t.to_next, 0, 2);
+        else if (kRows >= kFixedPrefetchRows)
+          __builtin_prefetch(codes + i + kFixedPrefetch);
+      }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half, x += kCell * kRows) {
         const __m512i w = block.codes(half);
@@ -115,37 +119,42 @@ struct FixedGroup {
   int8_t high[kQuantMaxGroup], low[kQuantMaxGroup];
 };
 
-constexpr uint32_t kFixedLeast = 0x06000000;  // bits of 2^-115: below, a group of x is taken for 0
+constexpr uint32_t kFixedLeast = 0x08800000;  // 2^-110: a group of x below is taken for 0
 constexpr uint32_t kInfinity = 0x7f800000;
 
 static void fixed_group(const char* x, int columns, int digits, FixedGroup& g) {
-  const int32_t unit = digits == 2 ? 256 : 1;
-  const float full = static_cast<float>(127 * unit);
-  float v[kQuantMaxGroup];
-  uint32_t most = 0;
-  for (int c = 0; c < columns; ++c) {
-    v[c] = RegBf16AsF32::scalar(x + 2 * c);
-    uint32_t bits;
-    __builtin_memcpy(&bits, v + c, 4);
-    bits &= 0x7fffffff;
-    most = bits > most ? bits : most;
+  const int padded = (columns + 15) / 16 * 16;
+  alignas(64) char room[2 * kQuantMaxGroup];
+  if (padded != columns) {
+    __builtin_memset(room, 0, static_cast<size_t>(2 * padded));
+    __builtin_memcpy(room, x, static_cast<size_t>(2 * columns));
+    x = room;
   }
+  __m512i most = _mm512_setzero_si512();
+  for (int c = 0; c < padded; c += 16) {
+    const __m512i bits = _mm512_castps_si512(Wide::load_bf16(x + 2 * c));
+    most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  }
+  const uint32_t largest_bits = _mm512_reduce_max_epu32(most);  // as integers: NaN is the largest
   float largest;
-  __builtin_memcpy(&largest, &most, 4);
-  const bool usable = most >= kFixedLeast && most < kInfinity;
-  g.scale = most >= kInfinity ? __builtin_nanf("") : usable ? largest / full : 0.0f;
-  const float inverse = usable ? full / largest : 0.0f;
-  int32_t sum = 0;
-  for (int c = 0; c < columns; ++c) {
-    const int32_t q = usable ? static_cast<int32_t>(__builtin_rintf(v[c] * inverse)) : 0;
-    const int32_t high = digits == 2 ? (q + 128) >> 8 : q;
-    g.high[c] = static_cast<int8_t>(high);
-    g.low[c] = static_cast<int8_t>(q - unit * high);
-    sum += q;
+  __builtin_memcpy(&largest, &largest_bits, 4);
+  const float full = digits == 2 ? 127.0f * 256.0f : 127.0f;
+  const bool usable = largest_bits >= kFixedLeast && largest_bits < kInfinity;
+  g.scale = largest_bits >= kInfinity ? __builtin_nanf("") : usable ? largest / full : 0.0f;
+  const __m512 inverse = _mm512_set1_ps(usable ? full / largest : 0.0f);
+  const __mmask16 taken = usable ? 0xffff : 0;
+  __m512i sum = _mm512_setzero_si512();
+  for (int c = 0; c < padded; c += 16) {
+    const __m512i q =
+        _mm512_maskz_cvtps_epi32(taken, _mm512_mul_ps(Wide::load_bf16(x + 2 * c), inverse));
+    const __m512i high =
+        digits == 2 ? _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8) : q;
+    const __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(g.high + c), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(g.low + c), _mm512_cvtepi32_epi8(low));
+    sum = _mm512_add_epi32(sum, q);
   }
-  for (int c = columns; c < (columns + kQuantBlock - 1) / kQuantBlock * kQuantBlock; ++c)
-    g.high[c] = g.low[c] = 0;
-  g.start = -kCodeOffset * sum;
+  g.start = -kCodeOffset * _mm512_reduce_add_epi32(sum);
 }
 
 static void fill_fixed(const PackedLinearParams& p, const QuantRows& rows) {

@@ -115,6 +115,7 @@ static void quant_panels(const PackedLinearParams& p, const QuantRows& rows, int
   t.layout = &p.layout;
   t.first_group = p.column_begin / p.layout.group;
   t.sums = sums;
+  t.to_next = columns < p.layout.k ? panel_bytes : 0;
   for (int64_t i = begin; i < end; ++i) {
     t.panel = p.packed + (p.row_begin / kPanelOutputs + i) * panel_bytes;
     tile.fn(t);

@@ -11,6 +11,9 @@ struct QuantTile {
   const PackedLayout* layout;
   const char *panel, *cells;
   int64_t first_group, blocks;
+  // Bytes to the same place of the next panel, where only some columns of each are read: no
+  // prefetcher of the processor finds those. 0 where panels are read whole.
+  int64_t to_next;
   float* sums;  // [rows][16]
 };
 
