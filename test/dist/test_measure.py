@@ -18,7 +18,8 @@ from sps_runtime.types.messages import DecodeCost
 
 def models(tp: int) -> list[Decoder]:
     model = exact_model("llama")
-    return [build_model(model.config, model.arena(tp), tp_rank) for tp_rank in range(tp)]
+    arena = model.arena(tp, ops="torch")
+    return [build_model(model.config, arena, tp_rank) for tp_rank in range(tp)]
 
 
 def links_of(world: ThreadWorld, sp: int, tp: int, rank: int) -> GroupLinks:

@@ -103,8 +103,11 @@ def test_rotation(ops: Operators, draw: Callable, rows: int, dim: int, dtype: to
     expected = torch.cat((turned.real, turned.imag), dim=-1)
     value = qkv[:, 6:].clone()
     q, k = rotate(qkv[:, :4], qkv[:, 4:6])
-    near(q, expected[:, :4])
-    near(k, expected[:, 4:6])
+    # A product is rounded before it meets the other, so what a pair holds bounds the error.
+    held = (first.abs() + second.abs()).repeat(1, 1, 2)
+    bound = DTYPES[dtype] * (1 + held)
+    assert ((q.double() - expected[:, :4]).abs() <= bound[:, :4]).all()
+    assert ((k.double() - expected[:, 4:6]).abs() <= bound[:, 4:6]).all()
     assert torch.equal(qkv[:, 6:], value)
 
 
