@@ -136,7 +136,8 @@ def test_the_earliest_layer_goes_first_and_one_at_a_time() -> None:
     threads = [threading.Thread(target=work, args=(turn,)) for turn in turns]
     for thread in threads:
         thread.start()
-    time.sleep(0.05)
+    while len(baton.waiting) < len(turns):
+        time.sleep(0.001)
     baton.give()
     for thread in threads:
         thread.join(5)

@@ -78,22 +78,28 @@ def cut(plan: StepPlan, layout: ShardLayout) -> list[StepPlan]:
 
 class Baton:
     """One thread computes at a time: of those that can go on, the one in the earliest layer, and
-    there the earliest block, for which others wait."""
+    there the earliest block, for which others wait.
+
+    Attributes:
+        changed: told whenever somebody else may go on.
+        waiting: turns of those that want to compute.
+        idle_s: seconds in which nobody computed.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.idle_s = 0.0
         self._holder: tuple[int, int] | None = None
-        self._wanting: set[tuple[int, int]] = set()
+        self.waiting: set[tuple[int, int]] = set()
         self._idle_since = time.monotonic()
         self._failed = False
 
     def take(self, turn: tuple[int, int]) -> None:
         """Wait for the right to compute; `turn` is (layer, block)."""
         with self.changed:
-            self._wanting.add(turn)
+            self.waiting.add(turn)
             self.changed.wait_for(lambda: self._failed or self._is_next(turn))
-            self._wanting.discard(turn)
+            self.waiting.discard(turn)
             self.check()
             self.idle_s += time.monotonic() - self._idle_since
             self._holder = turn
@@ -108,7 +114,7 @@ class Baton:
     def offer(self, turn: tuple[int, int]) -> None:
         """Let those go first who want to and stand before this turn."""
         with self.changed:
-            if not self._wanting or turn < min(self._wanting):
+            if not self.waiting or turn < min(self.waiting):
                 return
         self.give()
         self.take(turn)
@@ -132,7 +138,7 @@ class Baton:
             raise ConnectionError("another micro-batch of the step failed")
 
     def _is_next(self, turn: tuple[int, int]) -> bool:
-        return self._holder is None and min(self._wanting) == turn
+        return self._holder is None and min(self.waiting) == turn
 
 
 @dataclass(frozen=True)
