@@ -90,6 +90,12 @@ class _Watch(TorchDispatchMode):
         self._blocks = 0
         self.computed: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's hook: nothing here is compiled, and telling the compiler to skip this would
+        import it, which takes a second of every start."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _EMPTY:
