@@ -79,7 +79,9 @@ class NativeCommunicator:
         count_sent(self.traffic, send, self.rank, kind)
         self._mailroom.links.exchange(self._members, send, recv)
 
-    def start(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> Pending:
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
         self.exchange(send, recv, kind)
         return Done()
 
