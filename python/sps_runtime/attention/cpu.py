@@ -78,20 +78,8 @@ class KernelBackend:
             return Partial(*_empty(q_THD))
         pools = self._pools(pool, kv_heads, q_THD.shape[2])
         packed = self._pack(runs, pools.kv_heads)
-        o_THD, lse_TH = _unwritten(q_THD) if packed.rows == len(q_THD) else _empty(q_THD)
-        self._kernels.paged_attention(
-            q_THD,
-            pools,
-            packed.items,
-            packed.page_ids,
-            packed.page_positions,
-            out=o_THD,
-            lse=lse_TH,
-            scale=scale,
-            window=window or 0,
-            threads=self._threads,
-        )
-        return Partial(o_THD, lse_TH)
+        complete = packed.rows == len(q_THD)
+        return self._attend(q_THD, pools, packed, complete, scale, window)
 
     def partial_lists(
         self,
@@ -102,10 +90,23 @@ class KernelBackend:
         scale: float,
         window: int | None = None,
     ) -> Partial:
-        o_THD, lse_TH = _unwritten(q_THD) if lists.complete else _empty(q_THD)
+        pools = self._pools(pool, None, q_THD.shape[2])
+        return self._attend(q_THD, pools, lists, lists.complete, scale, window)
+
+    def _attend(
+        self,
+        q_THD: Tensor,
+        pools: Any,
+        lists: _Packed | PageLists,
+        complete: bool,
+        scale: float,
+        window: int | None,
+    ) -> Partial:
+        """`complete`: every row is in some list, so none has to be empty beforehand."""
+        o_THD, lse_TH = _unwritten(q_THD) if complete else _empty(q_THD)
         self._kernels.paged_attention(
             q_THD,
-            self._pools(pool, None, q_THD.shape[2]),
+            pools,
             lists.items,
             lists.page_ids,
             lists.page_positions,

@@ -349,7 +349,7 @@ def _plan_routes(flight: Flight, window: int | None) -> _Routes:
         return np.flatnonzero((first[reader] == block) & (owners == layout.group[owner]))
 
     arriving = [shipped(block, owner, me) for block in range(blocks) for owner in range(members)]
-    staging = Staging([_shipment(flight, index) for index in arriving])
+    staging = Staging([step.shipment(index) for index in arriving])
     place = np.full(len(owners), -1, dtype=np.int32)
     for source, index in enumerate(arriving):
         place[index] = staging.page_ids(source)
@@ -362,7 +362,7 @@ def _plan_routes(flight: Flight, window: int | None) -> _Routes:
         index = np.flatnonzero(held & ~mine)
         there.append(_runs(flight, block, index, window, place[index]))
     sent = [
-        [_shipment(flight, shipped(block, me, reader)) for reader in range(members)]
+        [step.shipment(shipped(block, me, reader)) for reader in range(members)]
         for block in range(blocks)
     ]
     return _Routes(staging, sent, here, there)
@@ -382,12 +382,6 @@ def _first_needed(need: Sequence[Sequence[Mask]], pages: int) -> list[Ints]:
             first[np.flatnonzero(need[block][reader])] = block
         found.append(first)
     return found
-
-
-def _shipment(flight: Flight, index: Ints) -> Shipment:
-    pages = flight.layout.pages
-    slots = pages.ids[index].astype(np.int64) % flight.context.store.shape.slots
-    return Shipment(slots, pages.tokens[index], flight.layout.page_size)
 
 
 def _runs(

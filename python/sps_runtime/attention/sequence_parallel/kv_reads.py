@@ -164,10 +164,9 @@ class KVReads:
         reached |= step.readable()
         if (need[step.me] & ~reached).any():
             raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")
-        self._incoming = Staging([self._shipment(index) for index in sources])
+        self._incoming = Staging([step.shipment(index) for index in sources])
         self._outgoing = [
-            self._shipment(self._index(need[reader], step.me, reader))
-            for reader in range(step.size)
+            step.shipment(self._index(need[reader], step.me, reader)) for reader in range(step.size)
         ]
         index = np.concatenate(sources)
         ids = np.concatenate([self._incoming.page_ids(m) for m in range(step.size)])
@@ -180,11 +179,6 @@ class KVReads:
         if step.same_host(owner, reader):
             return np.zeros(0, dtype=np.int64)
         return np.flatnonzero(need & (step.layout.pages.owners == step.layout.group[owner]))
-
-    def _shipment(self, index: Ints) -> Shipment:
-        pages = self._step.layout.pages
-        slots = pages.ids[index].astype(np.int64) % self._step.context.store.shape.slots
-        return Shipment(slots, pages.tokens[index], self._step.layout.page_size)
 
     def _runs(
         self, runs: Runs, index: Ints, window: int | None, ids: np.ndarray | None = None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.attention.shard_layout import Ints, ShardLayout
 from sps_runtime.distributed.communicator import Pending
+from sps_runtime.kvstore.transfer import Shipment
 
 
 class StepState:
@@ -43,6 +44,12 @@ class StepState:
     def readable(self) -> npt.NDArray[np.bool_]:
         """Which pages of the layout's table this rank can read in place."""
         return np.asarray(self.context.store.readable)[self.layout.pages.owners]
+
+    def shipment(self, index: Ints) -> Shipment:
+        """Pages at places `index` of the layout's page table, as one owner sends them."""
+        pages = self.layout.pages
+        slots = pages.ids[index].astype(np.int64) % self.context.store.shape.slots
+        return Shipment(slots, pages.tokens[index], self.layout.page_size)
 
     def communicate(self, send: Sequence[Tensor], recv: Sequence[Tensor]) -> None:
         """Exchange attention traffic with the group."""
