@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from sps_runtime.types.attention import AttentionReport
 from sps_runtime.types.plan import StepPlan, StepResult, TokenLogprobs
 from sps_runtime.types.request import GenerateRequest
 
@@ -61,6 +62,7 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
         logprobs: one entry per token where wanted, else empty.
         prompt_logprobs: sent once, with or before the first token, where wanted.
         cached_tokens, prompt_tokens, retractions: the request's figures so far.
+        attention: on the last message of a request that asked for csa.
     """
 
     rid: str
@@ -71,6 +73,7 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     retractions: int = 0
+    attention: AttentionReport | None = None
 
 
 class TokensBatch(msgspec.Struct, frozen=True, tag="batch"):

@@ -30,7 +30,7 @@ from typing import Literal
 
 import msgspec
 
-from sps_runtime.types.request import EXACT, AttentionSpec
+from sps_runtime.types.attention import EXACT, AttentionSpec, SparseCounters
 from sps_runtime.types.sampling import SamplingParams
 
 Placement = Literal["sharded", "replicated"]
@@ -82,6 +82,12 @@ class SequencePlan(msgspec.Struct, frozen=True):
         attention: how attention is computed.
         prompt_top, prompt_ids: what prompt logprobs carry beside the prompt's own ids: how many top
             alternatives, and which ids.
+        summaries_from: under csa, the summaries of pages below this position have reached every
+            member of the group in earlier steps of this sequence; those of later pages travel in
+            this step. A multiple of the page.
+
+    A step that prefills under csa begins with a superblock and ends with one or with the prompt,
+    and the new pages of a superblock lie on one rank (`SparseSettings.align`).
     """
 
     slot: int
@@ -96,6 +102,7 @@ class SequencePlan(msgspec.Struct, frozen=True):
     attention: AttentionSpec = EXACT
     prompt_top: int = 0
     prompt_ids: tuple[int, ...] = ()
+    summaries_from: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="step"):
@@ -172,6 +179,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
 
     Attributes:
         rank: global rank, sp_rank * tp + tp_rank.
+        sparse: one entry for each sequence under csa that this rank computed tokens of.
         error: None, or why the step failed: the engine stops (ranks may have diverged).
     """
 
@@ -180,4 +188,5 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     sampled: tuple[SampledToken, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     counters: StepCounters = StepCounters()
+    sparse: tuple[SparseCounters, ...] = ()
     error: str | None = None

@@ -4,27 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from sps_runtime.types.attention import EXACT, AttentionSpec
 from sps_runtime.types.sampling import LogprobParams, SamplingParams
-
-
-class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a request's attention is computed. `fidelity` names it in radix keys.
-
-    Attributes:
-        mode: ``exact``; sparse modes come with their settings.
-        settings: (name, value) pairs, sorted by name; empty for exact.
-    """
-
-    mode: str = "exact"
-    settings: tuple[tuple[str, float | str], ...] = ()
-
-    @property
-    def fidelity(self) -> str:
-        """A string equal for pages that may serve one another, ``exact`` for exact pages."""
-        return ",".join([self.mode, *(f"{name}={value}" for name, value in self.settings)])
-
-
-EXACT = AttentionSpec()
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="generate"):

@@ -19,8 +19,8 @@ from sps_runtime.attention.decode_inputs import DecodeInputs, PageReaders
 from sps_runtime.attention.sequence_parallel.partials import packed_bytes, unpack
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
+from sps_runtime.types.attention import EXACT
 from sps_runtime.types.plan import StepPlan
-from sps_runtime.types.request import EXACT
 
 
 def is_decode(plan: StepPlan) -> bool:

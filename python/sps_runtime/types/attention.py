@@ -1,0 +1,129 @@
+"""How a request's attention is computed, and what became of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Block-sparse attention ("csa"), as ADR 9 chose its defaults; every field is part of the
+    fidelity of pages written under it.
+
+    A *query block* is `block` tokens at a multiple of it (a page, where pages are longer). A
+    *superblock* is a stretch of query blocks that choose from one set of the pages before it, so
+    that what a rank fetches is bounded. Which pages a block reads is a pure function of the
+    superblock's queries, the summaries of the pages before it and these settings: a superblock is
+    therefore computed in one step by one rank (`align`).
+
+    Attributes:
+        estimator: a name of `sparse.estimators`.
+        tau: pages leave the budget while their estimated shares sum to less; 0 selects all pages.
+        max_tau: measured dropped mass (95% upper bound) above which the budget is widened, then
+            attention is exact, for a superblock and head; 1 measures only.
+        budget: at most this share of the pages before a block.
+        minimum, sink, window, rows: as `sparse.selection.SelectionSettings` has them.
+        superblock: tokens, below position `wide_from`; twice as many from there.
+        tail: what stands for dropped pages: their means, or nothing.
+        decode: whether generated tokens read all pages or chosen ones.
+    """
+
+    estimator: str = "block"
+    tau: float = 0.02
+    max_tau: float = 1.0
+    budget: float = 0.10
+    minimum: int = 8
+    sink: int = 1
+    window: int = 2
+    rows: int = 16
+    block: int = 64
+    superblock: int = 1024
+    wide_from: int = 32768
+    tail: Literal["mean", "none"] = "mean"
+    decode: Literal["exact", "sparse"] = "exact"
+
+    def superblock_at(self, position: int) -> int:
+        """Tokens of the superblock that holds a position."""
+        return self.superblock * (1 if position < self.wide_from else 2)
+
+    def align(self, position: int) -> int:
+        """First position of the superblock that holds `position`."""
+        return position - position % self.superblock_at(position)
+
+
+class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a request's attention is computed. `fidelity` names it in radix keys.
+
+    Attributes:
+        mode: ``exact``, or ``csa`` with its settings.
+        sparse: None for exact.
+    """
+
+    mode: Literal["exact", "csa"] = "exact"
+    sparse: SparseSettings | None = None
+
+    @property
+    def fidelity(self) -> str:
+        """A string equal for pages that may serve one another, ``exact`` for exact pages."""
+        if self.sparse is None:
+            return self.mode
+        names = self.sparse.__struct_fields__
+        return ",".join([self.mode, *(f"{name}={getattr(self.sparse, name)}" for name in names)])
+
+
+EXACT = AttentionSpec()
+
+
+class SparseCounters(msgspec.Struct, frozen=True):
+    """What one step's sparse attention did for one sequence on one rank (all layers and heads).
+
+    A *pair* is (query block, page, KV head); a *unit* is (page, KV head, layer) of another rank.
+
+    Attributes:
+        slot: the sequence's board slot.
+        read_pairs, causal_pairs: pairs that were read, and that a causal mask allows.
+        fetched_units, remote_units: units that some query block of this rank reads, each once, and
+            that exact attention would: their ratio is the union share u.
+        remote_bytes: logical bytes that came from other ranks for this sequence: pages, summaries,
+            ids, outputs, audits.
+        fallbacks: (layer, superblock, KV head) that became exact because of max_tau.
+        audits: packed records of `sparse.audit.RECORD`: what was measured on which block.
+    """
+
+    slot: int
+    read_pairs: int = 0
+    causal_pairs: int = 0
+    fetched_units: int = 0
+    remote_units: int = 0
+    remote_bytes: int = 0
+    fallbacks: int = 0
+    audits: bytes = b""
+
+
+class AttentionReport(msgspec.Struct, frozen=True):
+    """What became of a request's attention, for `meta_info` (counters summed over its prefill).
+
+    Attributes:
+        mode: what ran; ``exact`` where csa did not pay.
+        density: read over causal pairs, fallbacks included.
+        union_share: fetched over remote units; 0 where nothing is remote.
+        remote_bytes: logical bytes that crossed ranks for its attention.
+        fallbacks: (layer, superblock, KV head) that became exact.
+        tau_samples: audited (layer, query block, KV head).
+        tau_mean, tau_p95, tau_max, tau_last: measured dropped mass: over all samples, and of the
+            last audited query block; None without samples.
+        tau_worst: (layer, KV head) with the largest mean.
+    """
+
+    mode: str
+    density: float = 1.0
+    union_share: float = 0.0
+    remote_bytes: int = 0
+    fallbacks: int = 0
+    tau_samples: int = 0
+    tau_mean: float | None = None
+    tau_p95: float | None = None
+    tau_max: float | None = None
+    tau_last: float | None = None
+    tau_worst: tuple[int, int] | None = None
