@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+RECORD = struct.Struct("<HHIff")
+"""One audited query block, as `SparseCounters.audits` holds them end to end (`iter_unpack`): layer,
+KV head of the model, first position of the block, then the measured dropped mass of its audited
+rows, in [0, 1]: its mean over rows and query heads, and its largest."""
 
 
 @dataclass(frozen=True)

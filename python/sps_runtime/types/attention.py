@@ -88,7 +88,8 @@ class SparseCounters(msgspec.Struct, frozen=True):
         remote_bytes: logical bytes that came from other ranks for this sequence: pages, summaries,
             ids, outputs, audits.
         fallbacks: (layer, superblock, KV head) that became exact because of max_tau.
-        audits: packed records of `sparse.audit.RECORD`: what was measured on which block.
+        audits: packed records of `sparse.audit.RECORD` (16 bytes each): what was measured on which
+            block.
     """
 
     slot: int

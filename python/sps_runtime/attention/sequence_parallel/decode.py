@@ -19,19 +19,24 @@ from sps_runtime.attention.decode_inputs import DecodeInputs, PageReaders
 from sps_runtime.attention.sequence_parallel.partials import packed_bytes, unpack
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
-from sps_runtime.types.attention import EXACT
+from sps_runtime.types.attention import AttentionSpec
 from sps_runtime.types.plan import StepPlan
+
+
+def decodes_sparse(attention: AttentionSpec) -> bool:
+    """Whether a generated token reads chosen pages only."""
+    return attention.sparse is not None and attention.sparse.decode == "sparse"
 
 
 def is_decode(plan: StepPlan) -> bool:
     """Whether a plan's step may run with `DecodeAttention`: one new token of each sequence, all of
-    them sampled, on one rank or replicated."""
+    them sampled, on one rank or replicated, and every page read."""
     one_place = len(plan.group) == 1 or plan.placement == "replicated"
     return one_place and all(
         sequence.count == 1
         and sequence.sample is not None
         and sequence.prompt_logprobs_from < 0
-        and sequence.attention == EXACT
+        and not decodes_sparse(sequence.attention)
         for sequence in plan.sequences
     )
 
