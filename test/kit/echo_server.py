@@ -11,16 +11,24 @@ from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
-from sps_runtime.runner.echo import EchoMemory, EchoWorld, echo_generate, echo_prompt_logprobs
+from sps_runtime.runner.echo import (
+    ECHO_DENSITY,
+    EchoMemory,
+    EchoWorld,
+    echo_generate,
+    echo_prompt_logprobs,
+)
 from sps_runtime.scheduler.policies.sps import Sps
 from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
 from sps_runtime.scheduler.sequence import Run
+from sps_runtime.types.attention import EXACT, AttentionSpec
 from sps_runtime.types.messages import LinkCost, TokensOut
 from sps_runtime.types.plan import StepPlan, StepResult
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import LogprobParams, SamplingParams
 from sps_runtime.types.tokens import pack_ids, unpack_ids
+from test.kit.sparse_referee import SparseReferee
 
 SHAPE = ModelShape(layers=2, hidden=64, q_heads=4, kv_heads=2, head_dim=16, linear_params=100_000)
 EOS = 3
@@ -129,6 +137,7 @@ class EchoServer:
         self.world = EchoWorld(memory, vocab, self.chance)
         one_host = self.parallel.nnodes == 1
         self.referee = Referee(tp, scheduler_config.max_steps_in_flight, zero_copy, one_host)
+        self.sparse_referee = SparseReferee(self.scheduler, page_size, pages)
         self._mail: dict[int, deque[StepResult]] = {}
         self.requests: dict[str, GenerateRequest] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -144,6 +153,7 @@ class EchoServer:
         *,
         tenant: str = "",
         logprobs: LogprobParams | None = None,
+        attention: AttentionSpec = EXACT,
         **sampling: object,
     ) -> str:
         """Add a request; its rid."""
@@ -153,6 +163,7 @@ class EchoServer:
             tokens=pack_ids(prompt),
             sampling=SamplingParams(max_new_tokens=n, **sampling),
             tenant=tenant,
+            attention=attention,
             logprobs=logprobs,
         )
         self.requests[rid] = request
@@ -167,6 +178,7 @@ class EchoServer:
         """Send what may be sent, then poll random ranks."""
         for plan in self.scheduler.next_plans():
             self.referee.plan(plan, self.page_size, self.pages)
+            self.sparse_referee.plan(plan)
             self.on_plan(plan)
             self.world.submit(plan)
         for _ in range(polls):
@@ -227,6 +239,7 @@ class EchoServer:
 
     def compare(self, rid: str) -> None:
         """The answer is what echo_generate says, or the beginning of it if it was aborted."""
+        self._compare_report(rid)
         finish, tokens, expected = self.finals[rid].finish, self.tokens[rid], self.expected(rid)
         assert finish is not None
         self._compare_logprobs(rid)
@@ -236,6 +249,18 @@ class EchoServer:
         assert tokens == expected, f"{rid}: {tokens} != {expected}"
         stopped = bool(expected) and expected[-1] == finish.matched
         assert finish.kind == ("stop" if stopped else "length")
+
+    def _compare_report(self, rid: str) -> None:
+        """The last message of a request that asked for csa says what every echo rank counted."""
+        final, finish = self.finals[rid], self.finals[rid].finish
+        report, asked = final.attention, self.requests[rid].attention.mode == "csa"
+        assert all(item.attention is None for item in self.news if item.finish is None)
+        if finish is not None and finish.kind != "abort":
+            assert asked == (report is not None)
+        if report is not None:
+            assert (report.mode == "exact") == bool(report.reason)
+            if report.mode == "csa" and finish is not None and finish.kind != "abort":
+                assert report.density == ECHO_DENSITY
 
     def _compare_logprobs(self, rid: str) -> None:
         """One entry per token, and the prompt's once, whatever the chunks and the cache were."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test.kit.echo_server import AnyDegree, EchoServer
 
 from sps_runtime.scheduler.policies import make_policy
+from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
 from sps_runtime.types.sampling import LogprobParams
 
 PREFIXES = [[5] * 12, [5, 6] * 8, [7] * 3]
+SETTINGS = SparseSettings(block=2, superblock=4, wide_from=8)
+CSA = AttentionSpec("csa", SETTINGS)
+SPARSE_DECODE = AttentionSpec("csa", msgspec.structs.replace(SETTINGS, decode="sparse"))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -28,8 +33,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         zero_copy=st.booleans(),
         seed=st.integers(0, 2**16),
+        sparse=st.booleans(),
     )
-    def start(self, sp, tp, arch, page_size, chunk, conservativeness, overlap, zero_copy, seed):
+    def start(
+        self, sp, tp, arch, page_size, chunk, conservativeness, overlap, zero_copy, seed, sparse
+    ):
+        self.sparse = sparse
         self.server = EchoServer(
             sp=sp,
             tp=tp,
@@ -43,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_running_requests=4,
             conservativeness=conservativeness,
             overlap=overlap,
+            csa_min_tokens=0 if sparse else 10_000,
             parallel={"arch": arch},
         )
 
@@ -56,8 +66,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_new=st.integers(0, 2),
         wants=st.sampled_from([None, None, -1, 0, 3]),
         tenant=st.sampled_from(["", "", "other"]),
+        attention=st.sampled_from([EXACT, EXACT, CSA, SPARSE_DECODE]),
     )
-    def add(self, prefix, shared, own, n, ignore_eos, penalty, min_new, wants, tenant):
+    def add(self, prefix, shared, own, n, ignore_eos, penalty, min_new, wants, tenant, attention):
         prompt = (prefix[:shared] + own) or [5]
         logprobs = None if wants is None else LogprobParams(top=1, prompt_start=wants)
         if logprobs is not None and wants >= len(prompt):
@@ -67,6 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             n,
             tenant=tenant,
             logprobs=logprobs,
+            attention=attention,
             ignore_eos=ignore_eos,
             presence_penalty=penalty,
             min_new_tokens=min(min_new, n),
@@ -88,6 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(policy=st.sampled_from(["sps", "sarathi", "any"]))
     def change_policy(self, policy):
+        if policy == "sarathi" and self.sparse:
+            return  # It refuses csa when the server starts.
         chance = random.Random(self.server.chance.random())
         chosen = AnyDegree(chance) if policy == "any" else make_policy(policy)
         self.server.scheduler._policy = chosen

@@ -64,6 +64,28 @@ def divide(pages: int, room: Mapping[int, int]) -> dict[int, int] | None:
     return quotas
 
 
+def divide_units(
+    sizes: Sequence[int], room: Mapping[int, int], place: PlacementPolicy
+) -> list[int]:
+    """The rank of each page of units that must not be divided: superblocks of sparse attention.
+
+    Args:
+        sizes: pages of each unit, in order of position.
+        room: pages that each rank can give.
+        place: orders units as it orders pages.
+
+    Returns:
+        The ranks of the pages of the first units, as many units as surely fit; perhaps none.
+    """
+    for count in range(len(sizes), 0, -1):
+        largest = max(sizes[:count])
+        quotas = divide(count, {rank: pages // largest for rank, pages in room.items()})
+        if quotas is not None:
+            units = zip(place(quotas), sizes, strict=False)
+            return [rank for rank, size in units for _ in range(size)]
+    return []
+
+
 def next_owner(owners: Sequence[int], room: Sequence[int]) -> int | None:
     """The rank that gets a sequence's next page in decode: the owner with most room.
 

@@ -104,26 +104,32 @@ class PrefixCache:
         self.directory[handle].extend(self.allocator.allocate(ranks))
         return True
 
-    def commit(self, handle: int, tokens: bytes, written: int) -> None:
+    def commit(self, handle: int, tokens: bytes, written: int) -> int | None:
         """Give the pages below position `written` to the tree: all its ranks acknowledged them.
 
         Args:
             tokens: packed ids of positions [shared * page_size, written) at least, that is from
                 the first page that is not shared yet.
+
+        Returns:
+            The first logical page that lies elsewhere now, because the tree had its own; or None.
         """
         lease = self._leases[handle]
         whole = written // self.page_size
         if not self.enabled or whole <= lease.shared:
-            return
+            return None
         own = list(lease.table.pages[lease.shared : whole])
         result = self.tree.extend(lease.node, tokens, own)
         duplicates = set(result.duplicates)
         self.allocator.cache(page for page in own if page not in duplicates)
+        replaced: int | None = None
         for index, page in enumerate(result.pages, lease.shared):
             if lease.table.pages[index] != page:
                 lease.table.replace(index, page)
+                replaced = index if replaced is None else replaced
         self.allocator.free(result.duplicates, PageState.IN_USE, self.fence.sent)
         lease.node, lease.shared = result.node, whole
+        return replaced
 
     def shared(self, handle: int) -> int:
         """How many of a sequence's first pages are the tree's."""

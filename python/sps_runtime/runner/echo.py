@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
     PromptLogprobs,
     SampledToken,
@@ -31,6 +32,10 @@ Words = NDArray[np.uint64]
 
 EMPTY = -1
 """What a KV entry holds that was never written."""
+
+
+ECHO_DENSITY = 0.25
+"""What echo ranks report of sparse attention."""
 
 
 class EchoFault(Exception):
@@ -209,7 +214,24 @@ class EchoRank:
             sampled = []
         tokens = sum(len(self._own_positions(sequence)) for sequence in plan.sequences)
         counters = StepCounters(token_layers=tokens)
-        return StepResult(plan.epoch, self.rank, tuple(sampled), tuple(judged), counters)
+        sparse = [self._count(s) for s in plan.sequences if s.attention.sparse is not None]
+        counted = tuple(part for part in sparse if part.causal_pairs)
+        return StepResult(
+            plan.epoch, self.rank, tuple(sampled), tuple(judged), counters, sparse=counted
+        )
+
+    def _count(self, sequence: SequencePlan) -> SparseCounters:
+        """What a rank would report that reads a quarter of everything."""
+        tokens = len(self._own_positions(sequence))
+        others = int(np.sum(self._pages(sequence) // self._pages_per_rank != self._sp_rank))
+        return SparseCounters(
+            slot=sequence.slot,
+            read_pairs=tokens,
+            causal_pairs=int(tokens / ECHO_DENSITY),
+            fetched_units=others,
+            remote_units=4 * others,
+            remote_bytes=others * self._page_size,
+        )
 
     def _check_plan(self, plan: StepPlan) -> None:
         if plan.epoch <= self._last_epoch:

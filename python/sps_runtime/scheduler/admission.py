@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from sps_runtime.kvcache.radix_tree import Match
 from sps_runtime.scheduler.budget import promised_pages, reserved_pages
 from sps_runtime.scheduler.chunking import chunk_limit
 from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.queue import WaitingQueue
-from sps_runtime.scheduler.runs import Runs
+from sps_runtime.scheduler.runs import Runs, cached_prefix
 from sps_runtime.scheduler.sequence import Run, Sequence
 
 MOST_SKIPPED = 16
@@ -47,6 +46,8 @@ class Admission:
 
     def _may_start(self) -> bool:
         runs = self._runs
+        if any(run.short for run in runs.live.values()):
+            return False  # Its superblock needs pages on one rank: others would go on taking them.
         room = len(runs) < self._view.config.max_running_requests and not runs.full
         return room and self._wanted()
 
@@ -58,12 +59,8 @@ class Admission:
         backlog = sum(tokens if limit is None else min(tokens, limit) for tokens in unsent)
         return backlog < view.config.max_prefill_tokens * view.parallel.sp_size
 
-    def _match(self, sequence: Sequence) -> Match:
-        tokens, limit = sequence.packed_tokens(), sequence.match_limit
-        return self._view.cache.match(sequence.namespace, tokens, limit)
-
     def _matched(self, sequence: Sequence) -> int:
-        return len(self._match(sequence).pages)
+        return len(cached_prefix(self._view.cache, sequence).pages)
 
     def _prefix_under_way(self, sequence: Sequence) -> bool:
         """Whether a prompt being computed will soon give this one half of what it lacks."""
@@ -71,11 +68,11 @@ class Admission:
         if not cache.enabled:
             return False
         matched = self._matched(sequence) * size
-        worth = matched + max(size, (len(sequence.tokens) - matched) // 2)
-        if worth > sequence.match_limit:
+        worth = sequence.aligned(matched + max(size, (len(sequence.tokens) - matched) // 2))
+        if not matched < worth <= sequence.match_limit:
             return False
         return any(
-            run.acked < worth <= run.target
+            run.acked < worth <= min(run.target, run.sequence.commit_limit)
             and run.sequence.namespace == sequence.namespace
             and run.sequence.tokens[:size] == sequence.tokens[:size]
             and run.sequence.tokens[:worth] == sequence.tokens[:worth]
@@ -92,7 +89,8 @@ class Admission:
             return True
         view, spare = self._view, self._spare()
         size, factor = view.cache_config.page_size, view.config.conservativeness
-        fits = reserved_pages(sequence, size, factor) - self._match(sequence).held <= spare
+        held = cached_prefix(view.cache, sequence).held
+        fits = reserved_pages(sequence, size, factor) - held <= spare
         self._refused = None if fits else (sequence, spare)
         return fits
 

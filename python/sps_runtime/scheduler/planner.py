@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from sps_runtime.costmodel.strategy import AttentionWork
-from sps_runtime.kvcache.placement import divide, make_placement, next_owner
+from sps_runtime.kvcache.placement import divide, divide_units, make_placement, next_owner
 from sps_runtime.scheduler.budget import pages_for
-from sps_runtime.scheduler.chunking import chunk_end
+from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.scheduler.policies.view import Step, View, mask_ranks
 from sps_runtime.scheduler.sequence import Run, Sequence
+from sps_runtime.types.attention import SparseSettings
 from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan, Strategy
 
 
@@ -56,7 +58,9 @@ class Planner:
         return StepPlan(
             epoch=epoch,
             group=group,
-            sequences=tuple(self._sequence_plan(run, count) for run, count in step.items),
+            sequences=tuple(
+                self._sequence_plan(run, count, step.mask) for run, count in step.items
+            ),
             placement=step.placement if len(group) > 1 else "sharded",
             strategy=step.strategy or self._strategy(step, group),
             phase=step.phase,
@@ -81,9 +85,11 @@ class Planner:
         held = len(run.table.pages)
         room = {rank: self._cache.available(rank) for rank in mask_ranks(mask)}
         room = dict(sorted(room.items(), key=lambda item: -item[1]))
+        if run.sparse_now is not None:
+            return self._reserve_superblocks(run, run.sparse_now, end, room)
         most = held + sum(room.values())
         if pages_for(end, self._page_size) > most:
-            end = chunk_end(run.sent, run.target, self._page_size, end - run.sent, most)
+            end = run.chunk_end(self._page_size, end - run.sent, most)
         missing = pages_for(end, self._page_size) - held
         if missing <= 0:
             return end
@@ -92,7 +98,23 @@ class Planner:
             return min(end, held * self._page_size)
         return end
 
-    def _sequence_plan(self, run: Run, count: int) -> SequencePlan:
+    def _reserve_superblocks(
+        self, run: Run, settings: SparseSettings, end: int, room: Mapping[int, int]
+    ) -> int:
+        """Place superblocks up to `end`, each on one rank, as far as ranks have room; that end."""
+        end = run.chunk_end(self._page_size, end - run.sent)
+        held = len(run.table.pages) * self._page_size
+        sizes = superblock_pages(settings, held, end, self._page_size)
+        if sizes:
+            ranks = divide_units(sizes, room, self._place)
+            if not ranks or not self._cache.allocate(run.handle, ranks):
+                end = held
+            else:
+                end = min(end, len(run.table.pages) * self._page_size)
+        run.short = end <= run.sent
+        return end
+
+    def _sequence_plan(self, run: Run, count: int, mask: int) -> SequencePlan:
         sequence, start, end = run.sequence, run.sent, run.sent + count
         tokens = sequence.tokens[start:end]
         judged = self._prompt_logprobs_from(sequence, end)
@@ -107,10 +129,21 @@ class Planner:
             sample=self._sample_plan(run) if self.samples(run, count) else None,
             prompt_logprobs_from=judged,
             next_token=sequence.tokens[end] if judged >= 0 and end < sequence.prompt_len else -1,
-            attention=sequence.request.attention,
+            attention=run.attention_now,
             prompt_top=wants.top if wants is not None and judged >= 0 else 0,
             prompt_ids=wants.token_ids if wants is not None and judged >= 0 else (),
+            summaries_from=self._summaries_from(run, mask) if run.sparse_now else 0,
         )
+
+    def summarise(self, run: Run, end: int, mask: int) -> None:
+        """Note that a plan up to `end` gives its whole group the summaries of all full pages."""
+        whole = end - end % self._page_size
+        run.summarised.update(dict.fromkeys(mask_ranks(mask), whole))
+
+    @staticmethod
+    def _summaries_from(run: Run, mask: int) -> int:
+        """Below it, every rank of the group has been sent the summaries of the run's pages."""
+        return min(run.summarised.get(rank, 0) for rank in mask_ranks(mask))
 
     @staticmethod
     def _prompt_logprobs_from(sequence: Sequence, end: int) -> int:
@@ -139,7 +172,7 @@ class Planner:
         """What the operator forced, or what costs least; pages outside the group are read in
         place, and only pass-KV does that."""
         forced = self._view.parallel.strategy
-        if len(group) == 1:
+        if len(group) == 1 or any(run.sparse_now for run, _ in step.items):
             return "pass_kv"
         if forced != "auto":
             return forced

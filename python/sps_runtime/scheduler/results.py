@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sps_runtime.scheduler.sequence import Flight, Run, Sequence
+from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.errors import EngineDead
 from sps_runtime.types.messages import StopReason, TokensOut
 from sps_runtime.types.plan import SampledToken, TokenLogprobs
@@ -24,6 +25,8 @@ def collect(run: Run) -> list[TokensOut]:
         if flight.token is None and flight.complete:
             raise EngineDead(f"no rank sampled a token in epoch {flight.epoch}")
         if flight.token is None or _waits_for_prompt(run, flight):
+            break
+        if _waits_for_report(run, flight.token.token):
             break
         news.append(_take(run, flight, flight.token))
         if news[-1].finish is not None:
@@ -70,6 +73,20 @@ def _waits_for_prompt(run: Run, flight: Flight) -> bool:
     return due and not (flight.complete and flight is run.flights[0])
 
 
+def _waits_for_report(run: Run, token: int) -> bool:
+    """The last message says what sparse attention did, so every rank of the prefill must have
+    answered."""
+    sequence = run.sequence
+    ends = token in sequence.stop_ids or sequence.generated + 1 >= sequence.max_new
+    return ends and any(flight.sparse and not flight.complete for flight in run.flights)
+
+
+def take_counters(run: Run, flight: Flight, counters: SparseCounters) -> None:
+    """Sum up what sparse attention did for a prompt; sparse decode is not counted."""
+    if flight.sparse and run.sequence.sparsity is not None:
+        run.sequence.sparsity.counters.append(counters)
+
+
 def _prompt_logprobs(run: Run) -> tuple[TokenLogprobs, ...]:
     """The wanted prompt logprobs, once; position 0, which nothing precedes, has logprob None."""
     sequence, wants = run.sequence, run.sequence.request.logprobs
@@ -95,6 +112,9 @@ def _news(
     logprobs: tuple[TokenLogprobs, ...] = (),
     prompt_logprobs: tuple[TokenLogprobs, ...] = (),
 ) -> TokensOut:
+    report = None
+    if finish is not None and sequence.sparsity is not None:
+        report = sequence.sparsity.report()
     return TokensOut(
         rid=sequence.rid,
         tokens=tokens,
@@ -104,4 +124,5 @@ def _news(
         prompt_tokens=sequence.prompt_len,
         cached_tokens=sequence.cached,
         retractions=sequence.retractions,
+        attention=report,
     )

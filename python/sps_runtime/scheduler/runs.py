@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sps_runtime.kvcache.prefix_cache import PrefixCache
+from sps_runtime.kvcache.radix_tree import Match
 from sps_runtime.scheduler.sequence import Run, Sequence
 
 
@@ -41,6 +42,8 @@ class Runs:
         """Give a sequence a slot and the cached prefix of its tokens."""
         self._handles += 1
         tokens, limit = sequence.packed_tokens(), sequence.match_limit
+        if sequence.sparse is not None:
+            limit = len(cached_prefix(self._cache, sequence).pages) * self._cache.page_size
         table = self._cache.open(self._handles, sequence.namespace, tokens, limit)
         cached = len(table.pages) * self._cache.page_size
         run = Run(
@@ -51,6 +54,7 @@ class Runs:
             target=len(sequence.tokens),
             sent=cached,
             acked=cached,
+            sparse_end=_sparse_end(sequence),
         )
         self.live[run.handle] = run
         return run
@@ -59,7 +63,7 @@ class Runs:
         """End a live run: its sequence has finished, was aborted, or is retracted."""
         del self.live[run.handle]
         run.live = False
-        run.known = len(run.sequence.tokens)
+        run.known = run.sequence.commit_limit
         self.draining[run.handle] = run
         self.settle(run)
 
@@ -67,7 +71,7 @@ class Runs:
         """Retire the run's plans that every rank has answered; commit what they wrote."""
         while run.flights and self._retired(run):
             run.acked = run.flights.popleft().end
-        known = len(run.sequence.tokens) if run.live else run.known
+        known = run.sequence.commit_limit if run.live else run.known
         self._commit(run, min(run.acked, known))
         if not run.live and not run.flights:
             del self.draining[run.handle]
@@ -107,4 +111,24 @@ class Runs:
         begin = self._cache.shared(run.handle) * size
         if written - begin >= size:
             tokens = run.sequence.tokens[begin:written].tobytes()
-            self._cache.commit(run.handle, tokens, written)
+            replaced = self._cache.commit(run.handle, tokens, written)
+            if replaced is not None:
+                reached = {r: min(p, replaced * size) for r, p in run.summarised.items()}
+                run.summarised = reached
+
+
+def cached_prefix(cache: PrefixCache, sequence: Sequence) -> Match:
+    """The cached pages that a sequence may start with: under csa whole superblocks only."""
+    match = cache.match(sequence.namespace, sequence.packed_tokens(), sequence.match_limit)
+    pages = sequence.aligned(len(match.pages) * cache.page_size) // cache.page_size
+    return Match(match.pages[:pages], min(match.held, pages))
+
+
+def _sparse_end(sequence: Sequence) -> int:
+    """Where csa ends in a sequence's next run.
+
+    Tokens that were generated before a retraction are computed again as they were at first.
+    """
+    if sequence.sparse is None:
+        return 0
+    return sequence.prompt_len if sequence.sparse.decode == "exact" else len(sequence.tokens)

@@ -8,6 +8,7 @@ from sps_runtime.config.cache import CacheConfig
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
+from sps_runtime.costmodel.sparse import least_tokens
 from sps_runtime.kvcache.prefix_cache import PrefixCache
 from sps_runtime.scheduler.admission import Admission
 from sps_runtime.scheduler.budget import most_pages
@@ -17,9 +18,11 @@ from sps_runtime.scheduler.planner import Pages, Planner
 from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.scheduler.policies.view import Step, View
 from sps_runtime.scheduler.queue import WaitingQueue
-from sps_runtime.scheduler.results import collect, final, prefill_only
+from sps_runtime.scheduler.results import collect, final, prefill_only, take_counters
 from sps_runtime.scheduler.runs import Runs
 from sps_runtime.scheduler.sequence import Flight, Run, Sequence, new_sequence
+from sps_runtime.scheduler.sparsity import SparseRules
+from sps_runtime.types.attention import SparseSettings
 from sps_runtime.types.errors import EngineDead
 from sps_runtime.types.messages import EngineState, PrefillProgress, StopReason, TokensOut
 from sps_runtime.types.plan import StepPlan, StepResult
@@ -39,6 +42,23 @@ class ModelLimits:
     context_length: int
     eos_ids: frozenset[int]
     vocab: int
+
+
+def sparse_rules(view: View) -> SparseRules:
+    """What decides whether a request that asks for csa is computed so."""
+    config, cache, ranks = view.config, view.cache_config, view.parallel.sp_size
+    refusal = ""
+    if view.parallel.arch == "tp":
+        refusal = "attention is sharded over heads (sp-arch tp)"
+    elif config.policy == "sarathi":
+        refusal = "policy sarathi computes every token on all ranks"
+    cost = view.costs.prefill_cost(ranks)
+
+    def least(settings: SparseSettings) -> int:
+        fixed = config.csa_min_tokens
+        return least_tokens(cost, settings) if fixed is None else fixed
+
+    return SparseRules(refusal, cache.page_size, ranks, cache.pages_per_rank, least)
 
 
 def board_slots(config: SchedulerConfig) -> int:
@@ -77,6 +97,7 @@ class Scheduler:
         self._pipeline = Pipeline(self._cache, parallel.tp_size, config.max_steps_in_flight)
         self._planner = Planner(self._view)
         self._policy = make_policy(config.policy)
+        self._sparse_rules = sparse_rules(self._view)
         self._figures = Figures()
         self._sequences: dict[str, Sequence] = {}
         self._run_of: dict[str, Run] = {}
@@ -97,6 +118,7 @@ class Scheduler:
             kv_dtype=self._view.cache_config.kv_dtype,
             context_length=self._limits.context_length,
             eos_ids=self._limits.eos_ids,
+            sparsity=self._sparse_rules.decide(request.attention, len(request.tokens) // 4),
         )
         refusal = self._refusal(sequence)
         if refusal is not None:
@@ -138,6 +160,10 @@ class Scheduler:
                 plans.append(self._send(step))
             elif self._pipeline.idle and len(self._runs) > 1:
                 self._retract(self._runs.newest())
+            elif self._pipeline.idle and any(run.short for run in self._runs.live.values()):
+                newest = self._runs.newest()
+                newest.sequence.run_exact("no rank had room for a superblock")
+                self._retract(newest)
             else:
                 break
         return plans
@@ -158,6 +184,8 @@ class Scheduler:
         for piece in result.prompt_logprobs:
             flights[piece.slot][0].prompt_pieces.append(piece)
         self._figures.add_counters(result.counters)
+        for counted in result.sparse:
+            take_counters(flights[counted.slot][0], flights[counted.slot][1], counted)
         complete = self._pipeline.acknowledge(result.epoch, result.rank)
         self._figures.steps_total += complete
         runs = [run for run, _ in flights.values()]
@@ -267,7 +295,10 @@ class Scheduler:
         flights = self._pipeline.sent[epoch].flights
         for run, count in step.items:
             flight = Flight(epoch, run.sent + count, self._planner.samples(run, count))
+            flight.sparse = run.sparse_now is not None
             run.flights.append(flight)
+            if run.sparse_now is not None:
+                self._planner.summarise(run, run.sent + count, step.mask)
             run.sent += count
             run.unknown += flight.samples
             run.mask = step.mask

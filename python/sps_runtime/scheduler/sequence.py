@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 from sps_runtime.kvcache.directory import PageTable
 from sps_runtime.kvcache.radix_tree import Namespace
+from sps_runtime.scheduler.chunking import chunk_end, sparse_chunk_end
 from sps_runtime.scheduler.history import History
+from sps_runtime.scheduler.sparsity import Sparsity
+from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
 from sps_runtime.types.plan import PromptLogprobs, SampledToken
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.tokens import unpack_ids
@@ -25,6 +28,7 @@ class Sequence:
         stop_ids: ids that end it.
         cached: prompt tokens found in the cache when it first ran.
         overtaken: how many later requests were admitted before it.
+        sparsity: what became of its wish for csa; None for a request that asked for exact.
     """
 
     request: GenerateRequest
@@ -40,6 +44,17 @@ class Sequence:
     retractions: int = 0
     overtaken: int = 0
     prompt_logprobs_due: bool = False
+    sparsity: Sparsity | None = None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """How its prompt is computed: what was asked for, or exact where csa cannot be or pay."""
+        return EXACT if self.sparsity is None else self.sparsity.attention
+
+    @property
+    def sparse(self) -> SparseSettings | None:
+        """The settings of csa; None where it runs exact."""
+        return self.attention.sparse
 
     @property
     def rid(self) -> str:
@@ -56,7 +71,22 @@ class Sequence:
         limit = len(self.tokens) - 1
         if self.prompt_logprobs_due and self.request.logprobs is not None:
             limit = min(limit, max(0, self.request.logprobs.prompt_start - 1))
-        return limit
+        return self.aligned(limit)
+
+    @property
+    def commit_limit(self) -> int:
+        """Tokens whose pages may serve others: under csa the prompt's whole superblocks."""
+        return len(self.tokens) if self.sparse is None else self.sparse.align(self.prompt_len)
+
+    def aligned(self, position: int) -> int:
+        """A position under csa cut down to its superblock's first; any position when exact."""
+        return position if self.sparse is None else self.sparse.align(position)
+
+    def run_exact(self, reason: str) -> None:
+        """Give up csa: from its next run on the sequence is computed and cached as exact."""
+        assert self.sparsity is not None
+        self.sparsity.give_up(reason)
+        self.namespace = (*self.namespace[:2], EXACT.fidelity)
 
     def append(self, token: int) -> None:
         """Take a generated token."""
@@ -79,6 +109,7 @@ class Flight:
         token: the sampled token, when its rank has answered.
         taken: the token was given out (or thrown away).
         complete: every rank has answered.
+        sparse: it prefills under csa.
     """
 
     epoch: int
@@ -87,6 +118,7 @@ class Flight:
     token: SampledToken | None = None
     taken: bool = False
     complete: bool = False
+    sparse: bool = False
 
 
 @dataclass(eq=False)
@@ -103,6 +135,10 @@ class Run:
         mask: the group of its last plan, 0 before the first.
         live: false once the sequence has ended or was retracted: what still comes is thrown away.
         known: tokens known when it died; nothing beyond is committed.
+        sparse_end: positions below it are prefilled under csa, 0 for none.
+        summarised: under csa, rank -> the summaries of pages below this position have reached it in
+            plans sent.
+        short: no rank of its last group had room for its next superblock.
     """
 
     sequence: Sequence
@@ -118,6 +154,27 @@ class Run:
     known: int = 0
     flights: deque[Flight] = field(default_factory=deque)
     prompt_pieces: list[PromptLogprobs] = field(default_factory=list)
+    sparse_end: int = 0
+    summarised: dict[int, int] = field(default_factory=dict)
+    short: bool = False
+
+    @property
+    def sparse_now(self) -> SparseSettings | None:
+        """The settings under which its next chunk is prefilled; None where that is exact."""
+        return self.sequence.sparse if self.sent < self.sparse_end else None
+
+    @property
+    def attention_now(self) -> AttentionSpec:
+        """How its next tokens attend: generated ones exactly, unless sparse decode is asked for."""
+        sparse = self.sequence.sparse
+        decodes_sparsely = sparse is not None and sparse.decode == "sparse"
+        return self.sequence.attention if self.sparse_now or decodes_sparsely else EXACT
+
+    def chunk_end(self, page_size: int, limit: int | None, room_pages: int | None = None) -> int:
+        """Where its next chunk ends; `chunking` says how. A csa chunk knows no room."""
+        if self.sparse_now is not None:
+            return sparse_chunk_end(self.sparse_now, self.sent, self.sparse_end, limit)
+        return chunk_end(self.sent, self.target, page_size, limit, room_pages)
 
     @property
     def prefilling(self) -> bool:
@@ -137,20 +194,23 @@ def new_sequence(
     kv_dtype: str,
     context_length: int,
     eos_ids: frozenset[int],
+    sparsity: Sparsity | None = None,
 ) -> Sequence:
     """A fresh sequence. `max_new` is cut to what the context has room for."""
     tokens = unpack_ids(request.tokens)
     sampling = request.sampling
     stop_ids = frozenset(sampling.stop_token_ids)
     wants = request.logprobs
+    attention = EXACT if sparsity is None else sparsity.attention
     return Sequence(
         request=request,
         arrival=arrival,
-        namespace=(request.tenant, kv_dtype, request.attention.fidelity),
+        namespace=(request.tenant, kv_dtype, attention.fidelity),
         tokens=tokens,
         prompt_len=len(tokens),
         max_new=max(0, min(sampling.max_new_tokens, context_length - len(tokens))),
         stop_ids=stop_ids if sampling.ignore_eos else stop_ids | eos_ids,
         history=History(tokens) if sampling.penalized else None,
         prompt_logprobs_due=wants is not None and wants.prompt_start >= 0,
+        sparsity=sparsity,
     )

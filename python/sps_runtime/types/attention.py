@@ -51,6 +51,10 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """First position of the superblock that holds `position`."""
         return position - position % self.superblock_at(position)
 
+    def superblock_end(self, position: int) -> int:
+        """First position behind the superblock that holds `position`."""
+        return self.align(position) + self.superblock_at(position)
+
 
 class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a request's attention is computed. `fidelity` names it in radix keys.
@@ -115,6 +119,7 @@ class AttentionReport(msgspec.Struct, frozen=True):
         tau_mean, tau_p95, tau_max, tau_last: measured dropped mass: over all samples, and of the
             last audited query block; None without samples.
         tau_worst: (layer, KV head) with the largest mean.
+        reason: why csa did not run; empty where it did.
     """
 
     mode: str
@@ -128,3 +133,4 @@ class AttentionReport(msgspec.Struct, frozen=True):
     tau_max: float | None = None
     tau_last: float | None = None
     tau_worst: tuple[int, int] | None = None
+    reason: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sps_runtime.scheduler.chunking import chunk_end
 from sps_runtime.scheduler.policies.view import Phase, Step, View
 
 
@@ -26,7 +25,7 @@ class Sarathi:
         for run in view.runs.values():
             if left > 0 and view.may_prefill(run):
                 limit = left if size > 0 or items else None
-                end = chunk_end(run.sent, run.target, page_size, limit)
+                end = run.chunk_end(page_size, limit)
                 items.append((run, end - run.sent))
                 left -= end - run.sent
         if not items:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sps_runtime.costmodel.sparse import expected_density
 from sps_runtime.scheduler.budget import pages_for
-from sps_runtime.scheduler.chunking import chunk_end, chunk_limit
+from sps_runtime.scheduler.chunking import chunk_limit, superblock_pages
 from sps_runtime.scheduler.policies.decode import decode_steps
 from sps_runtime.scheduler.policies.view import Step, View, mask_ranks, ranks_mask
 from sps_runtime.scheduler.sequence import Run
@@ -35,18 +36,27 @@ class Sps:
     def _prefill_steps(self, view: View) -> list[Step]:
         runs = [run for run in view.runs.values() if view.may_prefill(run)]
         load = self._load(view) if runs else []
-        steps: dict[int, Step] = {}
+        steps: dict[tuple[int, bool], Step] = {}
         for run in runs:
             mask = self._group(view, run, load)
-            step = steps.setdefault(mask, Step(mask, [], "prefill"))
-            limit = chunk_limit(view.config.chunked_prefill_size, mask.bit_count())
+            apart = run.sparse_now is not None and not view.sparse_mixes
+            step = steps.setdefault((mask, apart), Step(mask, [], "prefill"))
+            limit = self._limit(view, run, mask.bit_count())
             if step.items:
                 left = self._budget(view, mask) - step.tokens
                 if run.target - run.sent > (left if limit is None else min(limit, left)):
                     continue
-            end = chunk_end(run.sent, run.target, view.cache_config.page_size, limit)
+            end = run.chunk_end(view.cache_config.page_size, limit)
             step.items.append((run, end - run.sent))
         return list(steps.values())
+
+    @staticmethod
+    def _limit(view: View, run: Run, degree: int) -> int | None:
+        """Tokens of a run's next chunk at most; under csa a superblock for every rank at least."""
+        limit = chunk_limit(view.config.chunked_prefill_size, degree)
+        if limit is None or run.sparse_now is None:
+            return limit
+        return max(limit, degree * run.sparse_now.superblock_at(run.sent))
 
     def _budget(self, view: View, mask: int) -> int:
         """New tokens that a packed step of a group may have."""
@@ -71,9 +81,9 @@ class Sps:
         _add(load, run.mask, run.acked - run.target)
         required = view.required(run)
         degree = max(self._degree(view, run), required.bit_count())
-        page_size = view.cache_config.page_size
-        missing = pages_for(run.target, page_size) - len(run.table.pages)
-        room = view.cache.room()
+        page_size, unit = view.cache_config.page_size, self._unit(view, run)
+        missing = -(-self._missing(view, run) // unit)
+        room = [pages // unit for pages in view.cache.room()]
 
         def preference(rank: int) -> tuple[bool, float, int]:
             """Ranks with room, then with the run's pages or little load, then with most room."""
@@ -93,7 +103,7 @@ class Sps:
     def _degree(self, view: View, run: Run) -> int:
         """The degree with the least mean time to finish, the smaller of equal ones.
 
-        Work is divided by pages, so there are never more ranks than pages to fill.
+        Work is divided by pages, or superblocks, so there are never more ranks than those to fill.
         """
         sp_size = view.parallel.sp_size
         if sp_size == 1:
@@ -103,16 +113,31 @@ class Sps:
         tokens = run.target - run.sent
 
         def mean_time(degree: int) -> float:
-            limit = chunk_limit(view.config.chunked_prefill_size, degree)
+            limit = self._limit(view, run, degree)
             budget = view.config.max_prefill_tokens * degree
             packed = 1 if limit is not None and tokens > limit else max(1, budget // tokens)
             share = -(-alike // (sp_size // degree))
             rounds = -(-share // packed)
             works = [(tokens, run.sent)] * min(share, packed)
-            return view.costs.prefill_seconds(degree, works) * (rounds + 1) / 2
+            return view.costs.prefill_seconds(degree, works, density) * (rounds + 1) / 2
 
-        pages = pages_for(run.target, view.cache_config.page_size) - len(run.table.pages)
-        return min(range(1, max(1, min(sp_size, pages)) + 1), key=mean_time)
+        density = 1.0 if run.sparse_now is None else expected_density(run.sparse_now, run.target)
+        parts = -(-self._missing(view, run) // self._unit(view, run))
+        return min(range(1, max(1, min(sp_size, parts)) + 1), key=mean_time)
+
+    @staticmethod
+    def _missing(view: View, run: Run) -> int:
+        """Pages that the rest of a run's prompt needs."""
+        return pages_for(run.target, view.cache_config.page_size) - len(run.table.pages)
+
+    @staticmethod
+    def _unit(view: View, run: Run) -> int:
+        """Pages that must lie on one rank: under csa those of the next superblock, else one."""
+        if run.sparse_now is None:
+            return 1
+        page_size = view.cache_config.page_size
+        held = len(run.table.pages) * page_size
+        return max(superblock_pages(run.sparse_now, held, run.sparse_end, page_size)[:1] or [1])
 
 
 def _add(load: list[float], mask: int, tokens: int) -> None:

@@ -67,6 +67,11 @@ class View:
         one_host = self.parallel.nnodes == 1
         return one_host and self.costs.in_place and self.parallel.strategy in ("auto", "pass_kv")
 
+    @property
+    def sparse_mixes(self) -> bool:
+        """Whether exact sequences may share a step with csa, which runs as pass-KV does."""
+        return self.parallel.strategy in ("auto", "pass_kv")
+
     def required(self, run: Run) -> int:
         """Ranks that a prefill step of `run` must have: those with pages it cannot read from
         outside, because plans under way still write them or because memory is not shared."""
