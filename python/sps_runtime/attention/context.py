@@ -9,7 +9,22 @@ from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import LayerFence
 from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.kvstore.pool import KVStore
+from sps_runtime.kvstore.summaries import SummaryStore
 from sps_runtime.ops.operators import TORCH, Operators
+from sps_runtime.sparse.operators import SparseOperators, SummaryPool
+
+
+@dataclass(frozen=True)
+class SparseMeans:
+    """What sparse attention needs of a rank beside the others.
+
+    Attributes:
+        operators: summarise pages and choose among them.
+        store: the summaries of the pages in `AttentionContext.store`.
+    """
+
+    operators: SparseOperators
+    store: SummaryStore
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class AttentionContext:
             must hold the pools of every rank of this host. Between hosts pages travel. All ranks
             know the same tuple, so both sides of a transfer agree.
         ops: what writes KV, and what the runner gives to placements.
+        sparse: None where pages of this shape have no summaries.
     """
 
     mesh: Mesh
@@ -37,6 +53,7 @@ class AttentionContext:
     traffic: Traffic
     hosts: tuple[int, ...]
     ops: Operators = TORCH
+    sparse: SparseMeans | None = None
 
     def __post_init__(self) -> None:
         here = self.hosts[self.mesh.sp_rank]
@@ -48,3 +65,16 @@ class AttentionContext:
         """All pools of a layer, as far as they can be read."""
         k, v = self.store.layer(layer)
         return PagePool(k, v, self.store.shape.slots)
+
+    def summaries(self, layer: int) -> SummaryPool:
+        """All summaries of a layer, as far as they can be read.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.sparse is None:
+            raise ValueError("a plan is sparse where pages have no summaries")
+        shape = self.store.shape
+        return SummaryPool(
+            self.sparse.store.layer(layer), shape.slots, shape.page_size, shape.head_dim
+        )

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sps_runtime.types.plan import Placement, StepPlan
+from sps_runtime.types.attention import SparseSettings
+from sps_runtime.types.plan import Placement, SequencePlan, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -96,6 +97,9 @@ class ShardLayout:
         starts, counts: ``[sequences]`` first new position and new tokens of each sequence.
         lengths: ``[sequences]`` tokens of each sequence after the step.
         pages: all sequences' pages.
+        board_slots: of each sequence.
+        sparse: how each sequence is prefilled in this step; None where it reads all pages.
+        summaries_from: as in `SequencePlan`.
         rows: rows that each member computes.
 
     Raises:
@@ -112,6 +116,9 @@ class ShardLayout:
         self.counts = np.array([s.count for s in plan.sequences], dtype=np.int64)
         self.lengths = self.starts + self.counts
         self.pages = _page_table(plan, self.lengths, page_size, pages_per_rank)
+        self.board_slots = tuple(s.slot for s in plan.sequences)
+        self.sparse = tuple(_sparse_prefill(s, self.placement) for s in plan.sequences)
+        self.summaries_from = tuple(s.summaries_from for s in plan.sequences)
         first_token = np.cumsum(self.counts) - self.counts
         self._sequence = np.repeat(np.arange(len(self.counts)), self.counts)
         self._position = (
@@ -195,6 +202,17 @@ class ShardLayout:
         row = np.concatenate(([0], np.flatnonzero(breaks) + 1))
         count = np.diff(np.append(row, len(token)))
         return Runs(sequence[row], row, count, position[row])
+
+
+def _sparse_prefill(sequence: SequencePlan, placement: Placement) -> SparseSettings | None:
+    """The settings of a sequence that a step prefills sparsely: such a step begins with a
+    superblock. A superblock of one token reads all pages, whoever computes it, so that nobody need
+    tell it from a generated token."""
+    sparse = sequence.attention.sparse
+    if sparse is None or placement != "sharded" or sequence.board_epoch >= 0:
+        return None
+    alone = sequence.count == 1 or sequence.start != sparse.align(sequence.start)
+    return None if alone else sparse
 
 
 def _page_table(plan: StepPlan, lengths: Ints, page_size: int, pages_per_rank: int) -> PageTable:

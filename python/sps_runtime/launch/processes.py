@@ -59,7 +59,8 @@ class EngineProcesses:
             timeline.create(log.trace_file)
         self.run_dir, self.endpoints = _open_run_dir(config.parallel, secret)
         ranks = local_ranks(config.parallel)
-        self._memory = {f"kv.{rank}": create_memory(f"kv.{rank}") for rank in ranks}
+        pools = [f"{kind}.{rank}" for kind in ("kv", "summaries") for rank in ranks]
+        self._memory = {name: create_memory(name) for name in pools}
         for name in ("fences", "links", "weights"):
             self._memory[name] = create_memory(name)
         slots = config.scheduler.max_running_requests

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from sps_runtime.attention.backend import AttentionBackend
-from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.context import AttentionContext, SparseMeans
 from sps_runtime.config.cache import kv_row, resolve_kv_dtype
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
@@ -27,8 +27,10 @@ from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailro
 from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.kvstore.summaries import SummaryShape, SummaryStore
 from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.operators import Operators
+from sps_runtime.sparse.dispatch import choose_operators, possible
 from sps_runtime.types.errors import ConfigError
 
 
@@ -93,6 +95,26 @@ def open_store(place: Place, shape: KVShape, dtype: torch.dtype, fds: Mapping[st
         own = rank == place.mesh.rank
         pools[sp_rank] = KVPool.shared(shape, dtype, fds[f"kv.{rank}"], writable=own)
     return KVStore(pools, place.mesh.sp_rank)
+
+
+def open_sparse(
+    place: Place,
+    shape: KVShape,
+    fds: Mapping[str, int],
+    kernels: ModuleType | None,
+    threads: int,
+) -> SparseMeans | None:
+    """Room for the summaries of this rank's pages, and its SP peers' on this host, read only."""
+    if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
+        return None
+    operators = choose_operators(kernels, threads)
+    nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
+    room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
+    pools: list[torch.Tensor | None] = [None] * place.mesh.sp_size
+    for sp_rank, rank in place.sp_peers_here().items():
+        own = rank == place.mesh.rank
+        pools[sp_rank] = room.shared(fds[f"summaries.{rank}"], writable=own)
+    return SparseMeans(operators, SummaryStore(pools, place.mesh.sp_rank))
 
 
 def open_mailroom(
@@ -168,12 +190,13 @@ def open_means(
 ) -> AttentionContext:
     """Everything that attention needs of this rank."""
     traffic, engine = Traffic(), config.engine
+    shape = kv_shape(engine, model)
     return AttentionContext(
         mesh=place.mesh,
         mailroom=open_mailroom(engine, place, traffic, fds, kernels),
         store=open_store(
             place,
-            kv_shape(engine, model),
+            shape,
             storage_dtype(_kv_dtype(engine), dtype),
             fds,
         ),
@@ -182,6 +205,7 @@ def open_means(
         traffic=traffic,
         hosts=place.hosts,
         ops=ops,
+        sparse=open_sparse(place, shape, fds, kernels, engine.threads_per_rank),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.sequence_parallel.build import sequence_attention
+from sps_runtime.attention.sequence_parallel.build import sequence_attention, sparse_counters
 from sps_runtime.attention.sequence_parallel.decode import DecodeAttention
 from sps_runtime.attention.sequence_parallel.in_flight import Flight, applies, cut
 from sps_runtime.attention.shard_layout import ShardLayout
@@ -32,6 +32,7 @@ from sps_runtime.runner.sampler import sample
 from sps_runtime.runner.step_graph import StepGraphs
 from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.telemetry.timeline import NoTimeline, Timeline
+from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
     PromptLogprobs,
     SampledToken,
@@ -40,8 +41,8 @@ from sps_runtime.types.plan import (
     StepResult,
 )
 
-Ran = tuple[int, tuple[SampledToken, ...], tuple[PromptLogprobs, ...]]
-"""Rows that a rank computed in a step, what it sampled, what it judged."""
+Ran = tuple[int, tuple[SampledToken, ...], tuple[PromptLogprobs, ...], tuple[SparseCounters, ...]]
+"""Rows that a rank computed in a step, what it sampled, what it judged, what it left out."""
 
 
 class Model(Protocol):
@@ -126,7 +127,7 @@ class ModelRunner:
         traffic.take()
         with self._timeline.span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
             run = self._run_decode if self._graphs.takes(plan) else self._run
-            rows, sampled, judged = run(plan)
+            rows, sampled, judged, sparse = run(plan)
         took = traffic.take()
         exposed = took.exposed_s + self._board.waited_s - waited
         counters = StepCounters(
@@ -137,7 +138,7 @@ class ModelRunner:
             compute_s=max(0.0, time.perf_counter() - began - exposed),
             token_layers=rows * self._means.store.shape.layers,
         )
-        return StepResult(plan.epoch, self._means.mesh.rank, sampled, judged, counters)
+        return StepResult(plan.epoch, self._means.mesh.rank, sampled, judged, counters, sparse)
 
     def _run(self, plan: StepPlan) -> Ran:
         span = self._timeline.span
@@ -148,7 +149,8 @@ class ModelRunner:
             hidden_TD = self._forward(step)
         with span("sample", "host"):
             sampled = self._sample(step, hidden_TD)
-        return rows, sampled, self._judge(step, hidden_TD)
+        judged = self._judge(step, hidden_TD)
+        return rows, sampled, judged, sparse_counters(step.context.attend)
 
     def _run_decode(self, plan: StepPlan) -> Ran:
         """A step of one new token a sequence: `StepGraphs` has everything ready but its values."""
@@ -166,7 +168,7 @@ class ModelRunner:
                 here = SampledHere(sequences, [token.token for token in found])
                 others: list[Sequence[int]] = [()] * (len(plan.group) - 1)
                 self._publish(plan, links, here, [range(rows), *others])
-        return rows, tuple(found), ()
+        return rows, tuple(found), (), ()
 
     def _decode_context(
         self, plan: StepPlan, links: GroupLinks, positions_T: Tensor, attend: DecodeAttention

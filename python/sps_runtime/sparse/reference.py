@@ -109,8 +109,11 @@ class Block:
     def shares(
         self, summaries: PageSummaries, estimator: Estimator, settings: SelectionSettings
     ) -> Tensor:
-        """What the estimator says of the pages before: ``[kv_heads, pages]``."""
-        rows = representative_rows(self.q_KGTD.shape[2], settings.representatives)
+        """What the estimator says of the pages before: ``[kv_heads, pages]``. A block with fewer
+        rows than its size, which is a prompt's last, scores all of them."""
+        tokens = self.q_KGTD.shape[2]
+        scored = settings.representatives if tokens == settings.block else 0
+        rows = representative_rows(tokens, scored)
         mass = estimator.log_mass(self.q_KGTD[:, :, rows], summaries.first(self.before))
         return page_shares(mass, self.own[1][:, :, rows], settings.reduce)
 
@@ -131,9 +134,10 @@ def choose(
     estimator: Estimator | None,
     settings: SelectionSettings,
 ) -> list[Tensor]:
-    """bool ``[kv_heads, pages before]`` for each block of a superblock: the pages that it reads."""
+    """bool ``[kv_heads, pages before]`` for each block of a superblock: the pages that it reads.
+    All of them for a superblock of a single token, which might as well be a generated one."""
     heads = blocks[0].q_KGTD.shape[0]
-    if estimator is None:
+    if estimator is None or sum(block.q_KGTD.shape[2] for block in blocks) == 1:
         return [torch.ones(heads, block.before, dtype=torch.bool) for block in blocks]
     empty = torch.zeros(heads, 0)
     shares = [

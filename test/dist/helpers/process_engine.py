@@ -63,7 +63,9 @@ class ProcessEngine:
         endpoints = local_endpoints(self.run_dir.path, self.world)
         self._context = new_context()
         self._results: Receiver[FromRank] = Receiver(self._context, endpoints.results, FromRank)
-        names = [*(f"kv.{rank}" for rank in range(self.world)), "fences", "links", "weights"]
+        ranks = range(self.world)
+        pools = [f"{kind}.{rank}" for kind in ("kv", "summaries") for rank in ranks]
+        names = [*pools, "fences", "links", "weights"]
         fds = {name: create_memory(name) for name in names}
         fds["board"] = create_memory("board", board_bytes(SLOTS))
         self.children: list[Child] = []

@@ -14,7 +14,7 @@ from test.dist.helpers.planner import Planner, Request, Shape
 from torch import Tensor
 
 from sps_runtime.attention.choose import choose_backend
-from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.context import AttentionContext, SparseMeans
 from sps_runtime.config.cache import kv_row
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.parallel import Arch
@@ -26,6 +26,7 @@ from sps_runtime.distributed.regions import link_bytes
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.kvstore.summaries import SummaryShape, SummaryStore
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.models.arena import Arena
 from sps_runtime.models.decoder import Decoder
@@ -35,6 +36,7 @@ from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
+from sps_runtime.sparse.dispatch import choose_operators, possible
 from sps_runtime.types.plan import StepPlan, StepResult
 
 SLOTS = 256
@@ -97,6 +99,7 @@ def make_contexts(
         pool.k.fill_(nothing)
         pool.v.fill_(nothing)
     fences = ThreadFences(sp * tp, shape.layers, timeout_s=PATIENCE_S)
+    sparse = _sparse_means(shape, sp, tp, hosts, ops)
     contexts = []
     for rank in range(sp * tp):
         mesh, traffic = Mesh(sp, tp, rank), Traffic()
@@ -118,9 +121,35 @@ def make_contexts(
                 traffic=traffic,
                 hosts=hosts,
                 ops=ops.operators,
+                sparse=sparse[rank],
             )
         )
     return contexts
+
+
+def _sparse_means(
+    shape: KVShape, sp: int, tp: int, hosts: tuple[int, ...], ops: Ops
+) -> list[SparseMeans | None]:
+    """Summaries of every rank, where pages have any; unwritten ones are rubbish."""
+    if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
+        return [None] * (sp * tp)
+    operators = choose_operators(ops.kernels)
+    nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
+    room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
+    pools = [room.private().fill_(0xFF) for _ in range(sp * tp)]
+    return [
+        SparseMeans(
+            operators,
+            SummaryStore(
+                [
+                    pools[other * tp + rank % tp] if hosts[other] == hosts[rank // tp] else None
+                    for other in range(sp)
+                ],
+                rank // tp,
+            ),
+        )
+        for rank in range(sp * tp)
+    ]
 
 
 def _native(ops: Ops, memory: mmap.mmap, rank: int, world: int, traffic: Traffic) -> NativeMailroom:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.registry import resolve
+from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import StepPlan
 
 _HERE = "sps_runtime.attention.sequence_parallel"
@@ -19,16 +21,31 @@ STRATEGIES = {
     "pass_q": f"{_HERE}.pass_q:PassQ",
     "ulysses": f"{_HERE}.ulysses:Ulysses",
     "replicated": f"{_HERE}.replicated:Replicated",
+    "csa": f"{_HERE}.csa:SparsePassKV",
 }
 """Name -> ``module:class``; each class takes a `StepState` and is a `SequenceAttention`."""
 
 
-def strategy_name(plan: StepPlan) -> str:
+def strategy_name(plan: StepPlan, layout: ShardLayout) -> str:
     """Which of `STRATEGIES` a plan runs. In a group of one nothing crosses whatever the strategy,
-    and reading pages (`pass_kv`) is all there is."""
+    and reading pages (`pass_kv`, or `csa` where some are chosen) is all there is."""
+    if any(layout.sparse):
+        return "csa"
     if len(plan.group) == 1:
         return "pass_kv"
     return "replicated" if plan.placement == "replicated" else plan.strategy
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """Attention that counts what it chose."""
+
+    def counters(self) -> tuple[SparseCounters, ...]: ...
+
+
+def sparse_counters(attention: object) -> tuple[SparseCounters, ...]:
+    """What a step's attention has to say of its sparse sequences, once all layers have run."""
+    return attention.counters() if isinstance(attention, Counted) else ()
 
 
 def sequence_attention(
@@ -48,6 +65,6 @@ def sequence_attention(
         ConnectionError: from a call, when a peer is gone or late.
         ValueError: from a call, when the plan reads a page that can neither be read nor be sent.
     """
-    factory = resolve("strategy", STRATEGIES, strategy_name(plan))
+    factory = resolve("strategy", STRATEGIES, strategy_name(plan, layout))
     attention: Callable[..., Tensor] = factory(StepState(layout, context))
     return attention

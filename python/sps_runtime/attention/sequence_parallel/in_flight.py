@@ -30,6 +30,7 @@ from sps_runtime.attention.shard_layout import Ints, ShardLayout
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.kvstore.transfer import Shipment, Staging
 from sps_runtime.ops.merge_state import merge_state
+from sps_runtime.types.attention import EXACT
 from sps_runtime.types.plan import StepPlan
 
 LEAD = 3
@@ -41,12 +42,13 @@ MOST_BLOCKS = 16
 
 
 def applies(plan: StepPlan, context: AttentionContext) -> bool:
-    """Whether a step can be flown: one sequence's pass-KV prefill, every rank on a host of its own
+    """Whether a step can be flown: one sequence's exact pass-KV prefill, every rank on its own host
     (pages that are read in place have nothing to hide), no TP peers to keep in step with."""
     hosts = [context.hosts[rank] for rank in plan.group]
     apart = len(set(hosts)) == len(hosts) > 1
     kind = plan.placement == "sharded" and plan.strategy == "pass_kv"
-    return apart and kind and len(plan.sequences) == 1 and context.mesh.tp_size == 1
+    exact = all(sequence.attention == EXACT for sequence in plan.sequences)
+    return apart and kind and exact and len(plan.sequences) == 1 and context.mesh.tp_size == 1
 
 
 def cut(plan: StepPlan, layout: ShardLayout) -> list[StepPlan]:

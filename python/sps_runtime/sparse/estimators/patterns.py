@@ -21,6 +21,7 @@ class Antidiagonal:
 
     stride: int = 8
     needs = frozenset({"keys_NKBD"})
+    whole_blocks = True
 
     def log_mass(self, q_KGRD: Tensor, pages: PageSummaries) -> Tensor:
         s, keys = self.stride, pages.get("keys_NKBD")

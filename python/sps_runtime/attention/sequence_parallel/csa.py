@@ -1,0 +1,131 @@
+"""Block-sparse pass-KV: query blocks choose pages by their summaries, and read those alone.
+
+A page is summarised when it has been written, behind the same fence as its keys; each query block
+then chooses among the pages before it (`sparse.operators`), attends to them where they lie, and
+lets means stand for the others. In the same step other sequences read all their pages
+(`kv_reads`), and so do layers with a window. ADR 9 has the method and its figures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.backend import PageLists, Partial
+from sps_runtime.attention.page_reads import needed
+from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
+from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
+from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.sparse_blocks import (
+    SparseBlocks,
+    alone_pages,
+    new_pages,
+    sparse_blocks,
+    split_runs,
+    wanted_pages,
+)
+from sps_runtime.types.attention import SparseCounters
+
+
+class SparsePassKV:
+    """`layers.step.SequenceAttention` of a step in which some sequences choose their pages.
+
+    Raises:
+        ValueError: the plan cuts a superblock, reads a page that cannot be read from here, or pages
+            have no summaries.
+    """
+
+    def __init__(self, step: StepState) -> None:
+        self._step = step
+        layout, context = step.layout, step.context
+        if context.sparse is None:
+            raise ValueError(f"epoch {layout.epoch} is sparse where pages have no summaries")
+        self._operators = context.sparse.operators
+        split = [split_runs(layout, member) for member in range(step.size)]
+        mine, self._exact = split[step.me][0], [exact for _, exact in split]
+        self._blocks = sparse_blocks(layout, mine)
+        owners, sp_rank = layout.pages.owners, context.mesh.sp_rank
+        written = layout.pages.ids[new_pages(layout, sp_rank)] % context.store.shape.slots
+        self._written = torch.from_numpy(written)
+        need = needed(layout, mine, None)
+        if (need & ~step.readable()).any():
+            raise ValueError(f"epoch {layout.epoch} chooses among pages that cannot be read")
+        self._waits = tuple(
+            member
+            for member, rank in enumerate(layout.group)
+            if member != step.me and (need & (owners == rank)).any()
+        )
+        self._counts = SparseCounts(step, need, alone_pages(layout, self._exact[step.me]))
+        self._reads: dict[int | None, KVReads] = {}
+
+    def counters(self) -> tuple[SparseCounters, ...]:
+        """What was read so far for each sparse sequence of this rank."""
+        return self._counts.of_sequences()
+
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        step = self._step
+        step.write(layer, k_TKD, v_TKD)
+        if window is None:
+            self._summarise(layer)
+        if step.size > 1:
+            step.publish(layer)
+        partials = self._exact_rows(layer, q_THD, k_TKD.shape[1], scale, window)
+        if window is None:
+            step.wait(layer, self._waits)
+            self._counts.begin_layer()
+            for blocks in self._blocks:
+                partials += self._sparse_rows(layer, q_THD, blocks, scale)
+        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        if len(out_THD):
+            step.context.backend.merge(partials, out_THD)
+        return out_THD
+
+    def _summarise(self, layer: int) -> None:
+        sparse, own = self._step.context.sparse, self._step.context.store.own
+        if sparse is not None and len(self._written):
+            out_SKX = sparse.store.own[layer]
+            self._operators.summarise(own.k[layer], own.v[layer], self._written, out_SKX)
+
+    def _exact_rows(
+        self, layer: int, q_THD: Tensor, kv_heads: int, scale: float, window: int | None
+    ) -> list[Partial]:
+        """The partial of rows that read all pages; a collective call between hosts."""
+        step, layout = self._step, self._step.layout
+        readers = self._exact
+        if window is not None:
+            readers = [layout.runs(member) for member in range(step.size)]
+        if not any(len(runs) for runs in readers):
+            return []
+        reads = self._reads.get(window)
+        if reads is None:
+            reads = self._reads[window] = KVReads(step, readers, window)
+        heads = q_THD.shape[1]
+        shares = [HeadShare.of(0, heads, heads // kv_heads)] * step.size
+        partial = reads.attend(layer, q_THD, shares, scale=scale, window=window)
+        return [partial] if len(readers[step.me]) else []
+
+    def _sparse_rows(
+        self, layer: int, q_THD: Tensor, blocks: SparseBlocks, scale: float
+    ) -> list[Partial]:
+        """The partials of some query blocks' rows over what they chose, and over the rest."""
+        context, operators = self._step.context, self._operators
+        pool, summaries = context.pages(layer), context.summaries(layer)
+        chosen = operators.choose(q_THD, blocks.queries, pool.k, summaries, blocks.settings, scale)
+        kv_heads = context.store.shape.kv_heads
+        self._counts.add(blocks, chosen, wanted_pages(self._step.layout, blocks, chosen, kv_heads))
+        complete = blocks.rows == len(q_THD)
+        lists = PageLists(chosen.items, chosen.page_ids, chosen.page_positions, complete)
+        partials = [context.backend.partial_lists(q_THD, lists, pool, scale=scale)]
+        if blocks.settings.tail == "mean" and len(chosen.dropped_ids):
+            tail = operators.tail(q_THD, blocks.queries, chosen, summaries, scale)
+            partials.append(Partial(*tail))
+        return partials

@@ -1,0 +1,89 @@
+"""What a step's sparse attention read, and what of it came from other ranks (contract 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.shard_layout import Ints
+from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks, pairs
+from sps_runtime.sparse.operators import Chosen
+from sps_runtime.types.attention import SparseCounters
+
+
+class SparseCounts:
+    """Counts over the layers of one step, by sequence; layers with a window are not in them.
+
+    A page of another rank counts once a layer for each KV head that some query block reads, its
+    summary once a layer for each KV head if it has not come in an earlier step
+    (`SequencePlan.summaries_from`).
+
+    Args:
+        need: pages of the layout's table that exact attention of the sparse rows would read.
+        alone: `sparse_blocks.alone_pages`; they count as pairs, and what is remote of them is
+            counted by whoever reads them.
+    """
+
+    def __init__(self, step: StepState, need: Mask, alone: Ints) -> None:
+        layout, context = step.layout, step.context
+        self._step = step
+        self._first = layout.pages.first
+        remote = layout.pages.owners != context.mesh.sp_rank
+        self._remote = remote
+        self._remote_pages = self._by_sequence(need & remote)
+        new = layout.pages.positions >= np.repeat(layout.summaries_from, np.diff(self._first))
+        self._new_summaries = self._by_sequence(need & remote & new)
+        shape, sparse = context.store.shape, context.sparse
+        self._kv_heads = shape.kv_heads
+        self._alone = alone * shape.kv_heads
+        self._page_bytes = shape.token_bytes * shape.page_size // shape.kv_heads
+        self._summary_bytes = 0 if sparse is None else sparse.store.nbytes
+        names = ("read", "causal", "fetched", "remote", "bytes", "fallbacks")
+        self._sums = {name: np.zeros(len(layout.counts), dtype=np.int64) for name in names}
+        self._audits = [bytearray() for _ in layout.counts]
+
+    def begin_layer(self) -> None:
+        """Count what every sparse layer costs whatever is chosen."""
+        self._sums["read"] += self._alone
+        self._sums["causal"] += self._alone
+        self._sums["remote"] += self._remote_pages * self._kv_heads
+        self._receive(self._new_summaries * self._kv_heads * self._summary_bytes)
+
+    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask) -> None:
+        """Count a choice; `wanted` is of `wanted_pages`."""
+        page_size = self._step.layout.page_size
+        for name, count in zip(
+            ("read", "causal"), pairs(blocks, chosen, page_size, self._kv_heads), strict=True
+        ):
+            np.add.at(self._sums[name], blocks.sequences, count)
+        fetched = self._by_sequence((wanted & self._remote[:, None]).sum(1))
+        self._sums["fetched"] += fetched
+        self._receive(fetched * self._page_bytes)
+
+    def of_sequences(self) -> tuple[SparseCounters, ...]:
+        """Those of the sequences that this rank computed sparse rows of."""
+        found = {name: sums.tolist() for name, sums in self._sums.items()}
+        return tuple(
+            SparseCounters(
+                slot=self._step.layout.board_slots[sequence],
+                read_pairs=found["read"][sequence],
+                causal_pairs=causal,
+                fetched_units=found["fetched"][sequence],
+                remote_units=found["remote"][sequence],
+                remote_bytes=found["bytes"][sequence],
+                fallbacks=found["fallbacks"][sequence],
+                audits=bytes(self._audits[sequence]),
+            )
+            for sequence, causal in enumerate(found["causal"])
+            if causal
+        )
+
+    def _receive(self, nbytes: Ints) -> None:
+        self._sums["bytes"] += nbytes
+        self._step.context.traffic.attention_bytes += int(nbytes.sum())
+
+    def _by_sequence(self, of_pages: Mask | Ints) -> Ints:
+        """Sums over each sequence's pages."""
+        before = np.concatenate(([0], np.cumsum(of_pages)))
+        sums: Ints = np.diff(before[self._first])
+        return sums
