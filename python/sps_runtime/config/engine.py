@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sps_runtime.config.attention import AttentionConfig
 from sps_runtime.config.cache import CacheConfig
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
@@ -58,6 +59,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     @property
     def max_total_tokens(self) -> int:

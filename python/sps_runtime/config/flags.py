@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sps_runtime.config import environment
+from sps_runtime.config.attention import add_attention_flags, attention_config
 from sps_runtime.config.cache import KV_CACHE_DTYPES
 from sps_runtime.config.options import EMBEDDED, EngineOptions
 from sps_runtime.config.parallel import ParallelConfig
@@ -121,6 +122,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     _add_parallel(parser.add_argument_group("ranks"))
     _add_memory(parser.add_argument_group("KV cache"))
     _add_scheduler(parser.add_argument_group("scheduling"))
+    add_attention_flags(parser.add_argument_group("attention"))
     _add_server(parser.add_argument_group("HTTP"))
     _add_operations(parser.add_argument_group("operation"))
     return parser
@@ -277,6 +279,7 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         trace_file=parsed.trace_file,
         parallel=_parallel(parsed),
         scheduler=_scheduler(parsed),
+        attention=attention_config(vars(parsed)),
     )
 
 
@@ -304,6 +307,7 @@ def _scheduler(parsed: argparse.Namespace) -> SchedulerConfig:
         schedule_policy=parsed.schedule_policy,
         conservativeness=parsed.schedule_conservativeness,
         overlap=not parsed.disable_overlap_schedule,
+        csa_min_tokens=parsed.csa_min_tokens,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from sps_runtime.config.attention import AttentionConfig, attention_config, attention_names
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.types.errors import ConfigError
@@ -60,6 +61,7 @@ class EngineOptions:
     trace_file: str = ""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         least_one = (
@@ -94,12 +96,13 @@ _PARALLEL_NAMES = {
 
 def make_options(settings: dict[str, Any]) -> EngineOptions:
     """Options from flat names: those of `EngineOptions` and `SchedulerConfig`, ``sp_size``,
-    ``tp_size``, ``sp_arch`` and ``sp_strategy`` (``pass-kv`` or ``pass_kv``).
+    ``tp_size``, ``sp_arch`` and ``sp_strategy`` (``pass-kv`` or ``pass_kv``), ``attention_mode``
+    and ``csa_...`` (`config.attention.AttentionConfig`).
 
     Raises:
         ConfigError: for a name that does not exist, or a value that cannot be.
     """
-    own = {entry.name for entry in fields(EngineOptions)} - {"parallel", "scheduler"}
+    own = {entry.name for entry in fields(EngineOptions)} - {"parallel", "scheduler", "attention"}
     scheduler = {entry.name for entry in fields(SchedulerConfig)}
     parts: dict[str, dict[str, Any]] = {"own": {}, "parallel": {}, "scheduler": {}}
     for name, value in settings.items():
@@ -110,10 +113,13 @@ def make_options(settings: dict[str, Any]) -> EngineOptions:
             parts["parallel"][_PARALLEL_NAMES[name]] = value
         elif name in scheduler:
             parts["scheduler"][name] = value
+        elif name in attention_names():
+            continue
         else:
             raise ConfigError(f"there is no setting {name!r}")
     return EngineOptions(
         **parts["own"],
         parallel=ParallelConfig(**parts["parallel"]),
         scheduler=SchedulerConfig(**parts["scheduler"]),
+        attention=attention_config(settings),
     )

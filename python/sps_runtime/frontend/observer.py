@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from sps_runtime.types.attention import AttentionReport
+
 
 @dataclass(frozen=True, slots=True)
 class RequestSummary:
@@ -14,6 +16,7 @@ class RequestSummary:
         reason: ``stop``, ``length``, ``abort`` or ``error``.
         first_token_s: from arrival to the first token, None where there was none.
         total_s: from arrival to the end.
+        attention: of requests that asked for sparse attention.
     """
 
     rid: str
@@ -25,6 +28,7 @@ class RequestSummary:
     completion_tokens: int
     first_token_s: float | None
     total_s: float
+    attention: AttentionReport | None = None
 
 
 class RequestObserver(Protocol):

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from sps_runtime.frontend.attention_options import AttentionOptions
+
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling as a client writes it: None is "not told". The names are SGLang's.
@@ -89,6 +91,7 @@ class Query:
         prompt: text, ids or a conversation.
         options: how to sample.
         logprobs: None for none.
+        attention: None: the server's default.
         default_max_new_tokens: where the options do not tell; None: all the room there is.
         use_model_defaults: take temperature and its kin from the model's generation_config where
             the options do not tell (OpenAI routes; SGLang's native route has fixed defaults).
@@ -101,6 +104,7 @@ class Query:
     prompt: Prompt
     options: SamplingOptions = field(default_factory=SamplingOptions)
     logprobs: LogprobOptions | None = None
+    attention: AttentionOptions | None = None
     default_max_new_tokens: int | None = 128
     use_model_defaults: bool = False
     tenant: str = ""

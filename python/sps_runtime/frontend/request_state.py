@@ -9,6 +9,7 @@ from typing import Literal
 
 from sps_runtime.frontend.detokenizer import TextStream
 from sps_runtime.frontend.observer import RequestObserver, RequestSummary
+from sps_runtime.types.attention import AttentionReport
 from sps_runtime.types.messages import StopReason, TokensOut
 from sps_runtime.types.plan import TokenLogprobs
 from sps_runtime.types.request import GenerateRequest
@@ -73,6 +74,7 @@ class RequestState:
 
     Attributes:
         prompt_logprobs: of positions from the wanted start, once known.
+        attention: what became of its wish for sparse attention, once known.
         finish: set when it has ended.
     """
 
@@ -95,6 +97,7 @@ class RequestState:
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.retractions = 0
+        self.attention: AttentionReport | None = None
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.finish: Finish | None = None
         self._text = text
@@ -121,6 +124,7 @@ class RequestState:
         self.cached_tokens = max(self.cached_tokens, news.cached_tokens)
         self.retractions = max(self.retractions, news.retractions)
         self.prompt_logprobs = news.prompt_logprobs or self.prompt_logprobs
+        self.attention = news.attention or self.attention
         if news.tokens:
             self._time_tokens(len(news.tokens))
         stop_token = _stop_token(news)
@@ -176,6 +180,7 @@ class RequestState:
                 completion_tokens=self.completion_tokens,
                 first_token_s=self._first_token_s,
                 total_s=self.total_s,
+                attention=self.attention,
             )
         )
 

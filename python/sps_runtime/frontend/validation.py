@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sps_runtime.config.attention import AttentionConfig
+from sps_runtime.frontend.attention_options import FIELD, attention_spec
 from sps_runtime.frontend.limits import Limits
 from sps_runtime.frontend.query import (
     LogprobOptions,
@@ -19,6 +21,7 @@ from sps_runtime.frontend.query import (
     TextPrompt,
     TokenPrompt,
 )
+from sps_runtime.types.attention import AttentionSpec
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import GREEDY_TEMPERATURE, LogprobParams, SamplingParams
@@ -109,6 +112,7 @@ class Gate:
         limits: the bounds.
         defaults: the model's own sampling defaults.
         seeds: draws the seed of a request that has none.
+        attention: of requests that do not tell.
     """
 
     def __init__(
@@ -116,10 +120,12 @@ class Gate:
         limits: Limits,
         defaults: SamplingDefaults | None = None,
         seeds: Callable[[], int] = draw_seed,
+        attention: AttentionConfig | None = None,
     ) -> None:
         self.limits = limits
         self._defaults = defaults or SamplingDefaults()
         self._seeds = seeds
+        self._attention = attention or AttentionConfig()
 
     def check(self, query: Query) -> None:
         """Refuse what can be refused before the prompt is tokenized."""
@@ -131,6 +137,7 @@ class Gate:
             raise fields.fail("prompt", "is empty")
         self._sampling(query, fields, prompt_tokens=1)
         self._logprobs(query.logprobs, fields, None)
+        self._attention_spec(query, fields)
 
     def choices(self, query: Query) -> int:
         """Return how many sequences `query` asks for."""
@@ -151,6 +158,7 @@ class Gate:
         self._check_prompt(fields, tokens)
         sampling = self._sampling(query, fields, prompt_tokens=len(tokens))
         logprobs = self._logprobs(query.logprobs, fields, len(tokens))
+        attention = self._attention_spec(query, fields)
         packed = pack_ids(tokens)
         return [
             GenerateRequest(
@@ -158,6 +166,7 @@ class Gate:
                 tokens=packed,
                 sampling=_with_seed(sampling, choice_seed(sampling.seed, choice)),
                 tenant=query.tenant,
+                attention=attention,
                 logprobs=logprobs,
             )
             for choice in range(self.choices(query))
@@ -199,6 +208,9 @@ class Gate:
             stop_token_ids=self._stop_ids(options, fields),
             ignore_eos=bool(options.ignore_eos),
         )
+
+    def _attention_spec(self, query: Query, fields: _Fields) -> AttentionSpec:
+        return attention_spec(query.attention, self._attention, fields.name(FIELD))
 
     def _told(self, query: Query, field: str, fallback: float) -> float:
         """The client's value of `field`, else the model's, else `fallback`."""

@@ -61,6 +61,7 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         echo_delay_s=options.echo_delay_s,
         parallel=parallel,
         scheduler=options.scheduler,
+        attention=options.attention,
         cache=CacheConfig(
             page_size=page_size,
             pages_per_rank=_pages_per_rank(options, model, kv_dtype, page_size),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sps_runtime.sparse.audit import RECORD
 from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
     PromptLogprobs,
@@ -231,6 +232,7 @@ class EchoRank:
             fetched_units=others,
             remote_units=4 * others,
             remote_bytes=others * self._page_size,
+            audits=RECORD.pack(0, 0, sequence.start, 0.125, 0.25) if tokens else b"",
         )
 
     def _check_plan(self, plan: StepPlan) -> None:

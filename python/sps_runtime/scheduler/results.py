@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sps_runtime.scheduler.sequence import Flight, Run, Sequence
-from sps_runtime.types.attention import SparseCounters
+from sps_runtime.types.attention import AttentionReport, SparseCounters
 from sps_runtime.types.errors import EngineDead
 from sps_runtime.types.messages import StopReason, TokensOut
 from sps_runtime.types.plan import SampledToken, TokenLogprobs
@@ -58,7 +58,18 @@ def _take(run: Run, flight: Flight, sampled: SampledToken) -> TokensOut:
         finish=_stop_reason(sequence, sampled.token),
         logprobs=(sampled.logprobs,) if sampled.logprobs is not None else (),
         prompt_logprobs=_prompt_logprobs(run),
+        report=_first_report(run),
     )
+
+
+def _first_report(run: Run) -> AttentionReport | None:
+    """What sparse attention did, once, as soon as every rank of the prefill has answered."""
+    sparsity = run.sequence.sparsity
+    counted = not any(flight.sparse and not flight.complete for flight in run.flights)
+    if sparsity is None or sparsity.reported or not counted:
+        return None
+    sparsity.reported = True
+    return sparsity.report()
 
 
 def _stop_reason(sequence: Sequence, token: int) -> StopReason | None:
@@ -111,8 +122,8 @@ def _news(
     finish: StopReason | None = None,
     logprobs: tuple[TokenLogprobs, ...] = (),
     prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+    report: AttentionReport | None = None,
 ) -> TokensOut:
-    report = None
     if finish is not None and sequence.sparsity is not None:
         report = sequence.sparsity.report()
     return TokensOut(

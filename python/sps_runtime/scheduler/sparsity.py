@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sps_runtime.scheduler.chunking import superblock_pages
+from sps_runtime.sparse.audit_summary import summarize
 from sps_runtime.types.attention import (
     EXACT,
     AttentionReport,
@@ -73,11 +74,13 @@ class Sparsity:
         attention: how its prompt is computed.
         reason: why that is exact; empty where it is not.
         counters: what ranks counted so far.
+        reported: the client's side knows.
     """
 
     attention: AttentionSpec
     reason: str = ""
     counters: list[SparseCounters] = field(default_factory=list)
+    reported: bool = False
 
     def give_up(self, reason: str) -> None:
         """Run exact after all."""
@@ -89,11 +92,18 @@ class Sparsity:
         remote = sum(part.remote_units for part in self.counters)
         read = sum(part.read_pairs for part in self.counters)
         fetched = sum(part.fetched_units for part in self.counters)
+        taus = summarize(b"".join(part.audits for part in self.counters))
         return AttentionReport(
             mode=self.attention.mode,
             density=read / causal if causal else 1.0,
             union_share=fetched / remote if remote else 0.0,
             remote_bytes=sum(part.remote_bytes for part in self.counters),
             fallbacks=sum(part.fallbacks for part in self.counters),
+            tau_samples=taus.samples,
+            tau_mean=taus.mean,
+            tau_p95=taus.p95,
+            tau_max=taus.maximum,
+            tau_last=taus.last,
+            tau_worst=taus.worst,
             reason=self.reason,
         )

@@ -61,6 +61,7 @@ class Metrics:
             completion_tokens=summary.completion_tokens,
             first_token_s=summary.first_token_s,
             total_s=summary.total_s,
+            attention=summary.attention,
         )
         if self._log:
             logger.info(

@@ -16,7 +16,13 @@ from sps_runtime.server.answers import Answer, complete
 from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
-from sps_runtime.server.openai_common import finish_reason, labels_of, matched_stop, usage
+from sps_runtime.server.openai_common import (
+    attention_report,
+    finish_reason,
+    labels_of,
+    matched_stop,
+    usage,
+)
 from sps_runtime.server.openai_logprobs import chat_logprobs
 from sps_runtime.server.openai_types import ChatBody, Message
 from sps_runtime.server.options import OPENAI, check_options
@@ -65,6 +71,7 @@ def _query(call: Call, body: ChatBody) -> Query:
         prompt=chat_prompt(body.messages, template_variables(body)),
         options=body.sampling(limit),
         logprobs=_logprob_options(body),
+        attention=body.attention,
         default_max_new_tokens=None,
         use_model_defaults=True,
         tenant=call.identity.tenant,
@@ -170,6 +177,7 @@ class _Writer:
                     "logprobs": self._logprobs(answer.logprobs),
                     "finish_reason": finish_reason(answer.finish),
                     "matched_stop": matched_stop(answer.finish),
+                    **attention_report(answer.finish, answer.state),
                 }
             )
         return self._envelope("chat.completion", choices) | {"usage": self._usage()}
@@ -185,7 +193,11 @@ class _Writer:
         if output.text or output.logprobs:
             yield self._chunk(index, {"content": output.text}, output.logprobs)
         if finish is not None:
-            ends = {"finish_reason": finish_reason(finish), "matched_stop": matched_stop(finish)}
+            ends = {
+                "finish_reason": finish_reason(finish),
+                "matched_stop": matched_stop(finish),
+                **attention_report(finish, output.state),
+            }
             yield self._chunk(index, {}, ends=ends)
 
     def closing(self) -> Iterable[Any]:

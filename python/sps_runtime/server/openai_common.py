@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sps_runtime.frontend.attention_options import report_fields
 from sps_runtime.frontend.request_state import Finish, RequestState
 from sps_runtime.types.errors import InvalidRequest
 
@@ -46,6 +47,14 @@ def usage(
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached} if cache_report else None,
     }
+
+
+def attention_report(finish: Finish | None, state: RequestState) -> dict[str, Any]:
+    """Our further field of a choice that has ended, where sparse attention was asked for; clients
+    that do not know it ignore it."""
+    if finish is None or state.attention is None:
+        return {}
+    return {"sps_attention": report_fields(state.attention)}
 
 
 def finish_reason(finish: Finish | None) -> str | None:

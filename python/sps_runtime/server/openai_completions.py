@@ -16,7 +16,13 @@ from sps_runtime.server.answers import Answer, complete
 from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
-from sps_runtime.server.openai_common import finish_reason, labels_of, matched_stop, usage
+from sps_runtime.server.openai_common import (
+    attention_report,
+    finish_reason,
+    labels_of,
+    matched_stop,
+    usage,
+)
 from sps_runtime.server.openai_logprobs import completion_logprobs, whole_prompt
 from sps_runtime.server.openai_types import CompletionBody, parse_prompts
 from sps_runtime.server.options import OPENAI, check_options
@@ -66,6 +72,7 @@ def _queries(call: Call, body: CompletionBody, prompts: list[str | list[int]]) -
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             options=body.sampling(body.max_tokens),
             logprobs=logprobs,
+            attention=body.attention,
             default_max_new_tokens=DEFAULT_MAX_TOKENS,
             use_model_defaults=True,
             tenant=call.identity.tenant,
@@ -139,6 +146,7 @@ class _Writer:
         return {
             "finish_reason": finish_reason(part.finish),
             "matched_stop": matched_stop(part.finish),
+            **attention_report(part.finish, part.state),
         }
 
     def _echoed(self, state: RequestState) -> tuple[str, list[TokenLogprobs]]:

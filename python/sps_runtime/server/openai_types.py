@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
 from sps_runtime.server.body import NOTHING, decode
 from sps_runtime.types.errors import InvalidRequest
@@ -43,6 +44,7 @@ class OpenAIBody(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: str | list[str] | None = None
+    attention: AttentionOptions | None = None
 
     @property
     def wants_usage_chunk(self) -> bool:

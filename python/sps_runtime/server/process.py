@@ -72,6 +72,7 @@ def build_service(config: FrontendConfig, link: ZmqEngineLink) -> Service:
         Gate(
             Limits(context_length=engine.context_length, vocab_size=config.vocab_size),
             _sampling_defaults(engine.model_path),
+            attention=engine.attention,
         ),
         max_inflight=scheduler.max_running_requests + scheduler.max_queued_requests,
         stream_interval=server.stream_interval,

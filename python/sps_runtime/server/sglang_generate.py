@@ -9,6 +9,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from sps_runtime.frontend.attention_options import FIELD as ATTENTION
+from sps_runtime.frontend.attention_options import report_fields
 from sps_runtime.frontend.query import Query, TextPrompt, TokenPrompt
 from sps_runtime.frontend.request_state import Finish, Output, RequestState
 from sps_runtime.frontend.tokenizer import Tokenizer
@@ -78,17 +80,19 @@ def native_queries(identity: Identity, body: GenerateBody) -> list[Query]:
     options = body.sampling(len(prompts))
     logprobs = body.logprobs(options)
     labels = labels_of(body.rid, len(prompts))
+    attentions = body.attentions(len(prompts))
     names = {**_NAMES, "prompt": field}
     return [
         Query(
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             options=options[i],
             logprobs=logprobs[i],
+            attention=attentions[i][1],
             default_max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
             tenant=identity.tenant,
             owner=identity.owner,
             label=labels[i],
-            names=names,
+            names={**names, ATTENTION: attentions[i][0]},
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -133,6 +137,8 @@ class NativeWriter:
             "weight_version": "default",
             "num_retractions": state.retractions,
         }
+        if state.attention is not None:
+            meta["attention"] = report_fields(state.attention)
         if answer.finish is not None:
             meta["e2e_latency"] = state.total_s
         if state.request.logprobs is not None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from sps_runtime.frontend.attention_options import FIELD as ATTENTION
+from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import LogprobOptions, SamplingOptions
 from sps_runtime.server.body import NOTHING, decode, is_nothing
 from sps_runtime.types.errors import InvalidRequest
@@ -55,6 +57,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     top_logprobs_num: int | list[int] | None = None
     token_ids_logprob: msgspec.Raw = NOTHING
     return_text_in_logprobs: bool | None = None
+    attention: AttentionOptions | list[AttentionOptions | None] | None = None
     stream: bool | None = None
 
     @property
@@ -113,6 +116,13 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             LogprobOptions(tops[i], ids[i], starts[i]) if wanted[i] else None
             for i in range(prompts)
         ]
+
+    def attentions(self, prompts: int) -> list[tuple[str, AttentionOptions | None]]:
+        """Return each prompt's attention, and how the client calls it."""
+        told = _per_prompt(ATTENTION, self.attention, prompts, None)
+        listed = isinstance(self.attention, list)
+        names = (f"{ATTENTION}[{i}]" if listed else ATTENTION for i in range(prompts))
+        return list(zip(names, told, strict=True))
 
     def _wanted_ids(self, prompts: int) -> list[list[int]]:
         field = "token_ids_logprob"

@@ -12,6 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from sps_runtime.telemetry.sparse_metrics import SparseMetrics
+from sps_runtime.types.attention import AttentionReport
 from sps_runtime.types.messages import EngineState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -59,6 +61,8 @@ class RequestMetrics:
             "sglang:time_per_output_token_seconds", "mean per token after the first", _TOKEN_S
         )
 
+        self._sparse = SparseMetrics(model_name, registry)
+
     def _counter(self, name: str, about: str) -> Counter:
         counter = Counter(name, about, ("model_name",), registry=self._registry)
         return counter.labels(self._model)
@@ -95,6 +99,7 @@ class RequestMetrics:
         completion_tokens: int,
         first_token_s: float | None,
         total_s: float,
+        attention: AttentionReport | None = None,
     ) -> None:
         """A request ended: ``stop``, ``length``, ``abort`` or ``error``."""
         self._finished.labels(self._model, reason).inc()
@@ -104,6 +109,8 @@ class RequestMetrics:
         self._total.observe(total_s)
         if first_token_s is not None and completion_tokens > 1:
             self._per_token.observe((total_s - first_token_s) / (completion_tokens - 1))
+        if attention is not None:
+            self._sparse.finished(attention)
 
     def late_message(self) -> None:
         self._late.inc()

@@ -62,7 +62,8 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
         logprobs: one entry per token where wanted, else empty.
         prompt_logprobs: sent once, with or before the first token, where wanted.
         cached_tokens, prompt_tokens, retractions: the request's figures so far.
-        attention: on the last message of a request that asked for csa.
+        attention: of a request that asked for csa: once its prefill is counted (a client's stop
+            string may end it before the last message), and on the last message.
     """
 
     rid: str

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sps_runtime.config.attention import AttentionConfig
 from sps_runtime.config.environment import hash_keys
 from sps_runtime.config.flags import make_parser, parse
+from sps_runtime.config.options import make_options
 from sps_runtime.config.unsupported import IGNORED, REFUSED
 from sps_runtime.types.errors import ConfigError
 
@@ -111,3 +113,28 @@ def test_keys_come_from_three_places_and_leave_as_hashes(
     server = parse(["--api-key", "from-argv", "--api-key-file", str(file)]).server
     assert server.api_key_hashes == hash_keys(["from-env", "from-argv", "from-file"])
     assert "from-" not in repr(server)
+
+
+def test_attention_defaults_and_flags() -> None:
+    assert parse([]).engine.attention == AttentionConfig()
+    assert parse([]).engine.scheduler.csa_min_tokens is None
+    line = (
+        "--attention-mode csa --csa-estimator quest --csa-budget 0.2 --csa-tau 0.1 "
+        "--csa-max-tau 0.5 --csa-decode sparse --csa-min-tokens 4096"
+    )
+    engine = parse(line.split()).engine
+    assert engine.attention == AttentionConfig("csa", "quest", 0.2, 0.1, 0.5, "sparse")
+    assert engine.scheduler.csa_min_tokens == 4096
+    told = {"attention_mode": "csa", "csa_budget": 0.2, "csa_min_tokens": 5}
+    options = make_options(told)
+    assert options.attention == AttentionConfig("csa", budget=0.2)
+    assert options.scheduler.csa_min_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--csa-budget", "0"], ["--csa-tau", "nan"], ["--csa-estimator", "x"], ["--csa-decode", "x"]],
+)
+def test_attention_defaults_that_cannot_be(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=arguments[0].strip("-").replace("-", ".")):
+        parse(arguments)
