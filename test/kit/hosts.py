@@ -7,6 +7,7 @@ no descriptors. One veth pair joins them. Needs root and iproute2.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -80,18 +81,42 @@ class TwoHosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
+    def shape(self, mbit: float) -> None:
+        """Let each end send so many megabits a second, headers included; 0 for no limit."""
+        for name, link in zip(self.names, self._links, strict=True):
+            tc = ["tc", "-n", name, "qdisc"]
+            subprocess.run([*tc, "del", "dev", link, "root"], capture_output=True)
+            if mbit:
+                rate = ["tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms"]
+                subprocess.run([*tc, "add", "dev", link, "root", *rate], check=True)
+
+    def wire_bytes(self) -> tuple[int, int]:
+        """Bytes that each end has sent since `shape` was called with a limit, headers included."""
+        sent = []
+        for name, link in zip(self.names, self._links, strict=True):
+            show = ["tc", "-n", name, "-s", "-j", "qdisc", "show", "dev", link]
+            found = json.loads(subprocess.run(show, check=True, capture_output=True).stdout)
+            sent.append(int(found[0]["bytes"]))
+        return sent[0], sent[1]
+
     def start(
-        self, host: int, *command: str, environment: Mapping[str, str] | None = None
+        self,
+        host: int,
+        *command: str,
+        environment: Mapping[str, str] | None = None,
+        piped: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a command on a host, its temporary directory a tmpfs that only it can see."""
+        """Start a command on a host, its temporary directory a tmpfs that only it can see; where
+        `piped`, its input and output are the caller's."""
         folder = self._folders[host]
         script = 'mount -t tmpfs tmpfs "$TMPDIR" && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
         inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.names[host], *inside, *command],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if piped else None,
             env={**os.environ, **(environment or {}), "TMPDIR": str(folder)},
-            start_new_session=True,
+            process_group=0,
         )
         self._running.append(process)
         return process

@@ -120,8 +120,10 @@ class TorchDistMailroom:
         device = next(iter((*outgoing.values(), *incoming.values()))).device
         if self._coalesce:
             group._start_coalescing(device)
-        works = [group.send([data], peer, tag) for peer, data in outgoing.items()]
-        works += [group.recv([data], peer, tag) for peer, data in incoming.items()]
+        # gloo asks for a message by one of its own, on the same connection. Posted after what is
+        # sent, it would arrive after it, and a wire would carry one way at a time.
+        works = [group.recv([data], peer, tag) for peer, data in incoming.items()]
+        works += [group.send([data], peer, tag) for peer, data in outgoing.items()]
         return [group._end_coalescing(device)] if self._coalesce else works
 
 

@@ -1,0 +1,194 @@
+"""One rank of `slow_wire.py`, alone in a network namespace: JSON lines in, measured prefills out.
+
+The runtime's own runner executes plans made here, whole prompts or chunks; no scheduler and no HTTP
+stand between (they add milliseconds). Weights and tokens are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_model import SHAPES
+
+from sps_runtime.attention.choose import choose_backend
+from sps_runtime.attention.context import AttentionContext
+from sps_runtime.config.model import ModelConfig, parse_model_config
+from sps_runtime.distributed.collectives import all_gather
+from sps_runtime.distributed.communicator import Traffic
+from sps_runtime.distributed.fences import NoFence
+from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
+from sps_runtime.kvcache.placement import divide, make_placement
+from sps_runtime.kvstore.pool import KVPool, KVStore
+from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.models.loader import LoadSpec, build_model, load_weights
+from sps_runtime.ops.dispatch import choose_ops
+from sps_runtime.runner.model_runner import ModelRunner
+from sps_runtime.runner.token_board import TokenBoard, board_bytes
+from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan, Strategy
+from sps_runtime.types.sampling import SamplingParams
+from sps_runtime.types.tokens import pack_ids
+
+PAGE, PORT, PATIENCE_S, SLOTS = 64, 29400, 300.0, 4
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One measurement.
+
+    Attributes:
+        world: ``sp``, a rank's tokens on each host, or ``tp``, a rank's heads.
+        chunk: tokens of a step; 0 for the whole prompt in one.
+        placement: a name of `kvcache.placement`.
+    """
+
+    tokens: int
+    world: str = "sp"
+    strategy: Strategy = "pass_kv"
+    pipeline: bool = True
+    chunk: int = 0
+    placement: str = "zigzag"
+
+    def plans(self, epoch: int, ranks: int, slots: int) -> list[StepPlan]:
+        """The steps of the prompt; its first token is sampled in the last."""
+        group = tuple(range(ranks if self.world == "sp" else 1))
+        draw = random.Random(self.tokens)
+        prompt = [draw.randrange(300, 30_000) for _ in range(self.tokens)]
+        free = {rank: iter(range(rank * slots, (rank + 1) * slots)) for rank in group}
+        size, pages, plans = self.chunk or self.tokens, list[int](), list[StepPlan]()
+        for start in range(0, self.tokens, size):
+            count = min(size, self.tokens - start)
+            wanted = -(-(start + count) // PAGE) - len(pages)
+            quotas = divide(wanted, dict.fromkeys(group, slots))
+            assert quotas is not None
+            pages += [next(free[rank]) for rank in make_placement(self.placement)(quotas)]
+            last = start + count == self.tokens
+            sequence = SequencePlan(
+                slot=0,
+                start=start,
+                count=count,
+                tokens=pack_ids(prompt[start : start + count]),
+                pages=pack_ids(pages),
+                sample=SamplePlan(SamplingParams(temperature=0.0)) if last else None,
+            )
+            plans.append(
+                StepPlan(
+                    epoch + len(plans), group, (sequence,), strategy=self.strategy, phase="prefill"
+                )
+            )
+        return plans
+
+
+class Rank:
+    """Runners of both worlds over one gloo group, with and without the pipeline."""
+
+    def __init__(self, rank: int, addresses: Sequence[str], layers: int, tokens: int) -> None:
+        self.rank, self.size = rank, len(addresses)
+        self.config = parse_model_config({**SHAPES["gqa8"], "num_hidden_layers": layers})
+        self.slots = -(-tokens // PAGE) + 2
+        store = tcp_store(addresses[0], PORT, self.size, master=rank == 0)
+        self._traffic = Traffic()
+        address = addresses[rank]
+        group = gloo_group(store, rank, self.size, address=address, timeout_s=PATIENCE_S)
+        self._mailroom = TorchDistMailroom(group, self._traffic)
+        self._ops = choose_ops("auto", 1)
+        self._runners: dict[tuple[str, bool], ModelRunner] = {}
+        self._epoch = 1
+
+    def warm(self) -> None:
+        """Make the runners ready: weights are drawn, and pages of memory touched."""
+        for world in ("sp", "tp"):
+            self.run(Prefill(512, world=world))
+
+    def run(self, ask: Prefill) -> dict[str, Any]:
+        """Prefill, and say when it began and ended, and what crossed."""
+        runner = self._runner(ask.world, ask.pipeline)
+        plans = ask.plans(self._epoch, self.size, self.slots)
+        self._epoch += len(plans)
+        everyone = self._mailroom.group(tuple(range(self.size)))
+        all_gather(everyone, torch.ones(1), [1] * self.size, "control")
+        began = time.monotonic()
+        counters = [runner.execute(plan).counters for plan in plans]
+        ended = time.monotonic()
+        fields = ("sent_bytes", "linear_bytes", "physical_bytes", "exposed_s", "compute_s")
+        totals = {name: sum(getattr(c, name) for c in counters) for name in fields}
+        return {"began": began, "ended": ended, **totals}
+
+    def _runner(self, world: str, pipeline: bool) -> ModelRunner:
+        key = (world, pipeline)
+        if key not in self._runners:
+            other = self._runners.get((world, not pipeline))
+            self._runners[key] = self._make(world, pipeline, other)
+        return self._runners[key]
+
+    def _make(self, world: str, pipeline: bool, other: ModelRunner | None) -> ModelRunner:
+        sp, tp = (self.size, 1) if world == "sp" else (1, self.size)
+        mesh = Mesh(sp, tp, self.rank)
+        board = TokenBoard(mmap.mmap(-1, board_bytes(SLOTS)))
+        if other is not None:
+            model, means = other._model, other._means
+        else:
+            spec = LoadSpec(Path(), "bfloat16", "dummy", tp_size=tp)
+            arena = load_weights(self.config, spec, ops=self._ops.operators)
+            model = build_model(self.config, arena, mesh.tp_rank, ops=self._ops.operators)
+            means = self._means(mesh)
+        vocab = self.config.vocab_size
+        return ModelRunner(model, vocab, means, board, "ntp", PATIENCE_S, pipeline=pipeline)
+
+    def _means(self, mesh: Mesh) -> AttentionContext:
+        shape = kv_shape(self.config, mesh.tp_size, self.slots)
+        pools: list[KVPool | None] = [None] * mesh.sp_size
+        pools[mesh.sp_rank] = KVPool.private(shape, torch.bfloat16)
+        backend = choose_backend(self._ops, page_size=PAGE, head_dim=shape.head_dim)
+        return AttentionContext(
+            mesh=mesh,
+            mailroom=self._mailroom,
+            store=KVStore(pools, mesh.sp_rank),
+            fence=NoFence(),
+            backend=backend,
+            traffic=self._traffic,
+            hosts=tuple(range(mesh.sp_size)),
+            ops=self._ops.operators,
+        )
+
+
+def kv_shape(config: ModelConfig, tp: int, slots: int) -> KVShape:
+    """A rank's pool in bf16."""
+    return KVShape(
+        layers=config.num_layers,
+        slots=slots,
+        kv_heads=config.kv_heads_per_rank(tp),
+        page_size=PAGE,
+        head_dim=config.head_dim,
+        itemsize=2,
+        scale_bytes=0,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rank", type=int)
+    parser.add_argument("addresses")
+    parser.add_argument("layers", type=int)
+    parser.add_argument("tokens", type=int)
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    rank = Rank(told.rank, told.addresses.split(","), told.layers, told.tokens)
+    rank.warm()
+    print(json.dumps({"ready": told.rank}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(rank.run(Prefill(**json.loads(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
