@@ -74,9 +74,7 @@ class Ranks:
         program = str(ROOT / "benchmark" / "slow_wire_rank.py")
         self._hosts.shape(0)
         self._running = [
-            self._hosts.start(
-                host, sys.executable, program, str(host), *self._told, piped=True
-            )
+            self._hosts.start(host, sys.executable, program, str(host), *self._told, piped=True)
             for host in (0, 1)
         ]
         for process in self._running:
