@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,15 +28,17 @@ from sps_runtime.sparse.operators import Chosen, SparseOperators
 from sps_runtime.sparse.reference import sparse_attention
 from sps_runtime.sparse.summaries import paged, summarise
 from sps_runtime.sparse.torch_operators import TorchOperators, selection_settings
-from sps_runtime.types.attention import EXACT, AttentionSpec, SparseCounters, SparseSettings
-from sps_runtime.types.plan import SequencePlan, StepPlan
+from sps_runtime.types.attention import AttentionSpec, SparseCounters, SparseSettings
+from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan
+from sps_runtime.types.sampling import SamplingParams
 
 LAYERS = 2
-SLOTS = 64
+SLOTS = 128
 SETTINGS = SparseSettings(
     tau=0.02, budget=0.3, minimum=3, window=1, rows=8, block=32, superblock=64, wide_from=256
 )
 CSA = AttentionSpec("csa", SETTINGS)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass
@@ -80,6 +82,8 @@ class SparseCase:
     backend: AttentionBackend = field(default_factory=TorchBackend)
     operators: SparseOperators = field(default_factory=TorchOperators)
     summaries_from_start: bool = False
+    given: tuple[Tensor, Tensor, Tensor] | None = None
+    """q, k, v ``[layers, tokens, heads, dim]`` of the only prompt; random ones unless told."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.data)
@@ -91,6 +95,8 @@ class SparseCase:
             ]
             for heads, sharpness in ((self.heads, 2.0), (self.kv_heads, 1.0), (self.kv_heads, 1.0))
         )
+        if self.given is not None:
+            self.q, self.k, self.v = ([x] for x in self.given)
         rng = np.random.default_rng(self.deal)
         free = [list(rng.permutation(SLOTS)) for _ in range(self.sp)]
         self.pages = [self._deal(prompt, rng, free) for prompt in self.prompts]
@@ -121,6 +127,7 @@ class SparseCase:
                     tokens=np.arange(stop - start, dtype=np.int32).tobytes(),
                     pages=np.array(self.pages[slot], dtype=np.int32).tobytes(),
                     attention=prompt.attention,
+                    sample=SamplePlan(GREEDY) if stop == prompt.tokens else None,
                     summaries_from=start if self.summaries_from_start else 0,
                 )  # fmt: skip
             )
@@ -276,5 +283,3 @@ def add(a: SparseCounters, b: SparseCounters) -> SparseCounters:
     return SparseCounters(a.slot, **sums)
 
 
-def exactly(prompt: Prompt) -> Prompt:
-    return replace(prompt, attention=EXACT)

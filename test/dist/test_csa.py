@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from test.dist.sparse_case import CSA, LAYERS, SETTINGS, Outcome, Prompt, SparseCase
+from test.dist.sparse_case import CSA, LAYERS, SETTINGS, SLOTS, Outcome, Prompt, SparseCase
 
 from sps_runtime.ops import reference
+from sps_runtime.sparse.audit import RECORD
 from sps_runtime.types.attention import EXACT, AttentionSpec
 
 LONG = Prompt(485)
@@ -43,7 +44,7 @@ def test_one_rank_is_the_reference(tokens: int, page: int) -> None:
     assert_reference(case, case.run())
 
 
-@pytest.mark.parametrize("estimator", ["mean_key", "min_max", "antidiagonal", "exact_mass"])
+@pytest.mark.parametrize("estimator", ["mean", "quest", "xattention", "oracle", "null"])
 def test_other_estimators_are_the_reference(estimator: str) -> None:
     case = SparseCase([Prompt(300, attention=settled(estimator=estimator))], sp=2)
     assert_reference(case, case.run())
@@ -112,15 +113,17 @@ def test_layers_with_a_window_read_all_of_it() -> None:
 @pytest.mark.parametrize("deal", range(3))
 def test_bytes_are_counted(deal: int, from_start: bool) -> None:
     """From what each block read, by hand: every (page, KV head) of another rank once a step and
-    layer, and every summary that comes in this step."""
+    layer, what an audit read besides, and every summary that comes in this step."""
     case = SparseCase(
         [Prompt(485, (64, 256))], sp=4, deal=deal, data=9, summaries_from_start=from_start
     )
     found = case.run()
-    owner = [page // 64 for page in case.pages[0]]
+    owner = [page // SLOTS for page in case.pages[0]]
     fetched: set[tuple[int, ...]] = set()
     summaries: set[tuple[int, ...]] = set()
     remote: set[tuple[int, ...]] = set()
+    audited: set[tuple[int, ...]] = set()
+    asked = {record[:3] for record in RECORD.iter_unpack(found.counters[0].audits)}
     pairs = causal = 0
     for (layer, _, position, head), pages in found.read.items():
         step = sum(position >= cut for cut in (64, 256))
@@ -135,6 +138,7 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
             if owner[p // 16] != reader
         }
         remote |= ahead
+        audited |= ahead if (layer, head, position) in asked else set()
         summaries |= {unit for unit in ahead if unit[3] >= known}
         pairs += len(pages)
         causal += -(-min(position + 32, 485) // 16)
@@ -143,14 +147,14 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
     assert (counters.fetched_units, counters.remote_units) == (len(fetched), len(remote))
     page_bytes = 2 * 16 * case.dim * 4
     nbytes = case.operators.summary_nbytes(16, case.dim, 4)
-    assert counters.remote_bytes == len(fetched) * page_bytes + len(summaries) * nbytes
+    assert counters.remote_bytes == len(fetched | audited) * page_bytes + len(summaries) * nbytes
     assert found.attention_bytes == counters.remote_bytes
     assert 0 < len(fetched) < len(remote)
 
 
 def test_a_cut_superblock_is_refused() -> None:
     case = SparseCase([Prompt(200, (64,))], sp=2)
-    case.pages[0][5] = (case.pages[0][4] // 64 ^ 1) * 64 + 63
+    case.pages[0][5] = (case.pages[0][4] // SLOTS ^ 1) * SLOTS + 63
     with pytest.raises(ValueError, match="cuts a superblock"):
         case.run()
 

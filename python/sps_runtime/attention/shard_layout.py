@@ -100,6 +100,7 @@ class ShardLayout:
         board_slots: of each sequence.
         sparse: how each sequence is prefilled in this step; None where it reads all pages.
         summaries_from: as in `SequencePlan`.
+        ends: whether each sequence's prompt ends with this step (or ended before).
         rows: rows that each member computes.
 
     Raises:
@@ -118,6 +119,7 @@ class ShardLayout:
         self.pages = _page_table(plan, self.lengths, page_size, pages_per_rank)
         self.board_slots = tuple(s.slot for s in plan.sequences)
         self.sparse = tuple(_sparse_prefill(s, self.placement) for s in plan.sequences)
+        self.ends = tuple(s.sample is not None for s in plan.sequences)
         self.summaries_from = tuple(s.summaries_from for s in plan.sequences)
         first_token = np.cumsum(self.counts) - self.counts
         self._sequence = np.repeat(np.arange(len(self.counts)), self.counts)

@@ -11,18 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import PageLists, Partial
+from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import needed
 from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
+from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.sparse_blocks import (
-    SparseBlocks,
     alone_pages,
     new_pages,
     sparse_blocks,
     split_runs,
-    wanted_pages,
 )
 from sps_runtime.types.attention import SparseCounters
 
@@ -83,7 +82,8 @@ class SparsePassKV:
             step.wait(layer, self._waits)
             self._counts.begin_layer()
             for blocks in self._blocks:
-                partials += self._sparse_rows(layer, q_THD, blocks, scale)
+                rows = SparseRows(step, self._operators, self._counts, layer, q_THD, blocks, scale)
+                partials += rows.partials()
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         if len(out_THD):
             step.context.backend.merge(partials, out_THD)
@@ -112,20 +112,3 @@ class SparsePassKV:
         shares = [HeadShare.of(0, heads, heads // kv_heads)] * step.size
         partial = reads.attend(layer, q_THD, shares, scale=scale, window=window)
         return [partial] if len(readers[step.me]) else []
-
-    def _sparse_rows(
-        self, layer: int, q_THD: Tensor, blocks: SparseBlocks, scale: float
-    ) -> list[Partial]:
-        """The partials of some query blocks' rows over what they chose, and over the rest."""
-        context, operators = self._step.context, self._operators
-        pool, summaries = context.pages(layer), context.summaries(layer)
-        chosen = operators.choose(q_THD, blocks.queries, pool.k, summaries, blocks.settings, scale)
-        kv_heads = context.store.shape.kv_heads
-        self._counts.add(blocks, chosen, wanted_pages(self._step.layout, blocks, chosen, kv_heads))
-        complete = blocks.rows == len(q_THD)
-        lists = PageLists(chosen.items, chosen.page_ids, chosen.page_positions, complete)
-        partials = [context.backend.partial_lists(q_THD, lists, pool, scale=scale)]
-        if blocks.settings.tail == "mean" and len(chosen.dropped_ids):
-            tail = operators.tail(q_THD, blocks.queries, chosen, summaries, scale)
-            partials.append(Partial(*tail))
-        return partials

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
 from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks, pairs
+from sps_runtime.sparse.audit import RECORD
 from sps_runtime.sparse.operators import Chosen
 from sps_runtime.types.attention import SparseCounters
 
@@ -49,8 +52,13 @@ class SparseCounts:
         self._sums["remote"] += self._remote_pages * self._kv_heads
         self._receive(self._new_summaries * self._kv_heads * self._summary_bytes)
 
-    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask) -> None:
-        """Count a choice; `wanted` is of `wanted_pages`."""
+    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, audited: Mask) -> None:
+        """Count a choice.
+
+        Args:
+            wanted, audited: ``[pages of the layout's table, kv_heads]`` that attention read, and
+                that an audit did (which reads what attention has read already at no cost).
+        """
         page_size = self._step.layout.page_size
         for name, count in zip(
             ("read", "causal"), pairs(blocks, chosen, page_size, self._kv_heads), strict=True
@@ -58,7 +66,18 @@ class SparseCounts:
             np.add.at(self._sums[name], blocks.sequences, count)
         fetched = self._by_sequence((wanted & self._remote[:, None]).sum(1))
         self._sums["fetched"] += fetched
-        self._receive(fetched * self._page_bytes)
+        more = self._by_sequence((audited & ~wanted & self._remote[:, None]).sum(1))
+        self._receive((fetched + more) * self._page_bytes)
+
+    def fall_back(self, sequences: Sequence[int]) -> None:
+        """Superblocks and heads of these sequences, one each, read all their pages."""
+        np.add.at(self._sums["fallbacks"], sequences, 1)
+
+    def record(
+        self, sequence: int, layer: int, head: int, position: int, mean: float, most: float
+    ) -> None:
+        """Keep what was measured (`sparse.audit.RECORD`)."""
+        self._audits[sequence] += RECORD.pack(layer, head, position, mean, most)
 
     def of_sequences(self) -> tuple[SparseCounters, ...]:
         """Those of the sequences that this rank computed sparse rows of."""

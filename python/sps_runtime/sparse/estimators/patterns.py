@@ -34,6 +34,17 @@ class Antidiagonal:
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """No page is worth anything, so that only those are kept that always are, or to make up the
+    least number (the first ones): what a task loses without any choice."""
+
+    needs: frozenset[str] = frozenset()
+
+    def log_mass(self, q_KGRD: Tensor, pages: PageSummaries) -> Tensor:
+        return q_KGRD.new_full((*q_KGRD.shape[:3], pages.pages), -torch.inf)
+
+
+@dataclass(frozen=True)
 class VerticalSlash:
     """FlexPrefill's and MInference's pattern (Lai et al. 2025, Jiang et al. 2024): what the last
     query block attends to, as pages (verticals) and as distances (slashes), is taken for all.

@@ -21,10 +21,11 @@ _HERE = "sps_runtime.sparse.estimators"
 
 ESTIMATORS = {
     BLOCK: f"{_HERE}.bounds:SketchedKeys",
-    "exact_mass": f"{_HERE}.bounds:ExactMass",
-    "min_max": f"{_HERE}.bounds:MinMax",
-    "mean_key": f"{_HERE}.moments:MeanKey",
-    "antidiagonal": f"{_HERE}.patterns:Antidiagonal",
+    "mean": f"{_HERE}.moments:MeanKey",
+    "quest": f"{_HERE}.bounds:MinMax",
+    "xattention": f"{_HERE}.patterns:Antidiagonal",
+    "oracle": f"{_HERE}.bounds:ExactMass",
+    "null": f"{_HERE}.patterns:Nothing",
 }
 """Name -> ``module:class``."""
 
