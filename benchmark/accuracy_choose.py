@@ -14,12 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sps_runtime.sparse.selection import SelectionSettings, narrow, representative_rows, select
+from sps_runtime.sparse.selection import (
+    Reduce,
+    SelectionSettings,
+    narrow,
+    representative_rows,
+    select,
+)
 from sps_runtime.types.attention import SparseSettings
 
 PAGE = 64
 LOG_PAGE = math.log(PAGE)
-Reduce = Literal["sum", "max"]
+Mass = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Setup:
     Attributes:
         estimator: of `ESTIMATORS`, or ``dense`` or ``stride``.
         settings: what is kept, of how many rows; `superblock` of a block: no superblocks.
-        reduce: a page's mass is the sum over its keys, or its greatest term alone.
+        mass: a page's is the sum over its keys, or its greatest term alone.
+        reduce: as `SelectionSettings` has it.
         bits: of the sketch.
         dense_last: the last query block of prompt and answer reads everything.
         stride, ranks: of ``stride``.
@@ -37,10 +44,9 @@ class Setup:
 
     estimator: str
     settings: SparseSettings = field(default_factory=SparseSettings)
-    reduce: Reduce = "sum"
+    mass: Mass = "sum"
+    reduce: Reduce = "norm"
     bits: int = 2
-    spread: float = 0.0
-    power: float = 0.0
     dense_last: bool = False
     stride: int = 4
     ranks: int = 8
@@ -57,6 +63,7 @@ class Setup:
             block=s.block,
             fetch_block=s.superblock if s.superblock > PAGE else 0,
             representatives=s.rows,
+            reduce=self.reduce,
         )
 
 
@@ -98,9 +105,6 @@ class LayerPages:
         low, high = k.amin(2), k.amax(2)
         self.low_KND[:, pages], self.high_KND[:, pages] = low.transpose(0, 1), high.transpose(0, 1)
         if setup.estimator == "block":
-            if setup.spread:
-                mean, deviation = k.mean(2), k.std(2, unbiased=False)
-                low, high = mean - setup.spread * deviation, mean + setup.spread * deviation
             k = sketched(k, low, high, setup.bits)
         self.seen_KSD[:, first * PAGE : end * PAGE] = k.transpose(0, 1).flatten(1, 2)
 
@@ -124,9 +128,10 @@ class SuperblockQueries:
         return range(0, self.q_KGTD.shape[2], PAGE)
 
     def rows(self, at: int, count: int) -> Tensor:
-        """The rows of the block at `at` that are scored ``[kv_heads, group, rows, head_dim]``."""
+        """The rows of the block at `at` that are scored ``[kv_heads, group, rows, head_dim]``: all
+        of one that is not full."""
         q = self.q_KGTD[:, :, at : at + PAGE]
-        return q[:, :, representative_rows(q.shape[2], count)]
+        return q[:, :, representative_rows(PAGE, count)] if q.shape[2] == PAGE else q
 
 
 def choose(queries: SuperblockQueries, pages: LayerPages, setup: Setup) -> list[Tensor]:
@@ -139,19 +144,8 @@ def choose(queries: SuperblockQueries, pages: LayerPages, setup: Setup) -> list[
         each = [probe(head, at, before + number) for head in range(heads)]
         shares.append(torch.stack(each))
     if selection.fetch_block:
-        shares = (summed if setup.power else narrow)(shares, before, selection)
+        shares = narrow(shares, before, selection)
     return [select(share, 1, selection) for share in shares]
-
-
-def summed(shares: list[Tensor], before: int, selection: SelectionSettings) -> list[Tensor]:
-    """`narrow` by the sum over blocks."""
-    if before == 0:
-        return shares
-    total = torch.stack([share[:, :before] for share in shares]).sum(0)
-    common = select(total / total.sum(-1, keepdim=True), 0, selection)
-    for share in shares:
-        share[:, :before].masked_fill_(~common, -torch.inf)
-    return shares
 
 
 Probe = Callable[[int, int, int], Tensor]
@@ -166,7 +160,7 @@ def keys(queries: SuperblockQueries, pages: LayerPages, setup: Setup) -> Probe:
             return torch.zeros(0)
         q = queries.rows(at, setup.settings.rows)[head]
         score = q.flatten(0, 1) @ pages.seen_KSD[head, : before * PAGE].T
-        return largest_share(
+        return row_shares(
             score.unflatten(1, (before, PAGE)), own(queries, pages, head, at, q), setup
         )
 
@@ -183,17 +177,15 @@ def own(queries: SuperblockQueries, pages: LayerPages, head: int, at: int, q_GRD
     return score.logsumexp(-1).flatten()
 
 
-def largest_share(score_RNB: Tensor, own_R: Tensor, setup: Setup) -> Tensor:
-    """Largest share over rows of each page's keys: ``[pages]``; the scores are overwritten."""
-    if setup.reduce == "max":
+def row_shares(score_RNB: Tensor, own_R: Tensor, setup: Setup) -> Tensor:
+    """Each page's share over rows: ``[pages]``; the scores are overwritten."""
+    if setup.mass == "max":
         score_RNB = score_RNB.amax(-1, keepdim=True)
     top = torch.maximum(score_RNB.flatten(1).amax(1), own_R)
     mass = score_RNB.sub_(top[:, None, None]).exp_().sum(-1)
     total = mass.sum(1) + (own_R - top).exp()
     share = mass / total[:, None]
-    if setup.power:
-        return share.pow_(setup.power).sum(0)
-    return share.amax(0)
+    return torch.linalg.vector_norm(share, dim=0) if setup.reduce == "norm" else share.amax(0)
 
 
 def page_scores(
@@ -207,7 +199,7 @@ def page_scores(
             found = score(q.flatten(0, 1), pages, head, before) if before else q.new_zeros(1, 0)
             if not before:
                 return found[0]
-            return largest_share(found[..., None], own(queries, pages, head, at, q), setup)
+            return row_shares(found[..., None], own(queries, pages, head, at, q), setup)
 
         return share
 

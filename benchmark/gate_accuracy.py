@@ -63,7 +63,7 @@ class Setup:
             budget=self.budget,
             block=self.block,
             representatives=self.rows,
-            **self.extra,
+            **{"reduce": "max", **self.extra},
         )
 
 

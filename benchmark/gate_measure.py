@@ -135,7 +135,7 @@ def estimated_shares(layer: Layer, estimator: Estimator, pages: PageSummaries, r
         q, _, own = layer.block(number)
         at = representative_rows(q.shape[2], rows)
         mass = estimator.log_mass(q[:, :, at], pages.first(number))
-        found[:, number, :number] = page_shares(mass, own[:, :, at])
+        found[:, number, :number] = page_shares(mass, own[:, :, at], "max")
     return found
 
 
@@ -169,7 +169,7 @@ def judge(
     mass = estimator.log_mass(block.q[:, :, rows], pages.first(block.number))
     own_lse = block.own[1][:, :, rows]
     settings = SelectionSettings(tau=0.0, budget=budget)
-    kept = select(page_shares(mass, own_lse), 1, settings)
+    kept = select(page_shares(mass, own_lse, "max"), 1, settings)
     best = select(block.share.flatten(1, 2).amax(1), 1, settings)
     wanted = block.share.flatten(1, 2).amax(1)
     error = mass - block.mass[:, :, rows] if mass.shape[2] == len(rows) else None

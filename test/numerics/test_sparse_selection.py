@@ -18,7 +18,7 @@ from sps_runtime.sparse.estimators.moments import Deviants, MeanKey, MeanVarianc
 from sps_runtime.sparse.estimators.patterns import Antidiagonal, VerticalSlash
 from sps_runtime.sparse.estimators.protocol import Estimator
 from sps_runtime.sparse.reference import dropped_mass, own_block, sparse_attention
-from sps_runtime.sparse.selection import SelectionSettings, page_shares, select
+from sps_runtime.sparse.selection import SelectionSettings, narrow, page_shares, select
 from sps_runtime.sparse.summaries import PageSummaries, paged, share_of_kv, summarise
 from sps_runtime.sparse.tail import TAIL_NEEDS, tail_partial
 
@@ -310,8 +310,28 @@ def test_shares_count_what_a_block_finds_at_home() -> None:
     """Rows that find everything in their own block want no page."""
     mass = torch.zeros(1, 1, 2, 3)
     assert float(page_shares(mass, torch.full((1, 1, 2), 20.0)).max()) < 1e-8
-    alone = page_shares(mass, torch.full((1, 1, 2), -torch.inf))
-    torch.testing.assert_close(alone, torch.full((1, 3), 1 / 3))
+    away = torch.full((1, 1, 2), -torch.inf)
+    for reduce, share in (("max", 1 / 3), ("mean", 1 / 3), ("norm", 2**0.5 / 3)):
+        alone = page_shares(mass, away, reduce)
+        torch.testing.assert_close(alone, torch.full((1, 3), share))
+
+
+def test_norm_adds_what_rows_and_blocks_want_together() -> None:
+    """A page that several rows want, each a little less, goes before one that a single row wants;
+    rows' largest need decides it where `max` reduces."""
+    mass = torch.full((1, 1, 4, 8), 0.01)
+    mass[0, 0, :3, 4] = 0.8
+    mass[0, 0, 3, 5] = 0.95
+    away = torch.full((1, 1, 4), -torch.inf)
+    given = {"tau": 0.0, "budget": 0.0, "minimum": 1, "sink": 0, "window": 0}
+    for reduce, page in (("norm", 4), ("max", 5)):
+        settings = SelectionSettings(**given, reduce=reduce)
+        kept = select(page_shares(mass.log(), away, reduce), 0, settings)
+        assert kept[0].nonzero().flatten().tolist() == [page]
+        blocks = [page_shares(mass[:, :, row : row + 1].log(), away[:, :, :1]) for row in range(4)]
+        common = narrow(blocks, 8, settings)
+        assert [int(share.isfinite().sum()) for share in common] == [1] * 4
+        assert all(bool(share[0, page].isfinite()) for share in common)
 
 
 @pytest.mark.parametrize(
