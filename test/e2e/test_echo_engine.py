@@ -14,7 +14,7 @@ from sps_runtime.config.options import EngineOptions
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.ipc.links import new_context
-from sps_runtime.runner.echo import echo_generate
+from sps_runtime.runner.echo_answers import echo_generate
 from sps_runtime.types.messages import (
     Abort,
     EngineState,

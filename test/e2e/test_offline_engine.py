@@ -18,7 +18,7 @@ from test.kit.echo_engine import alive, children_of, eventually
 from test.kit.echo_http import EOS, ROOT, write_model
 
 from sps_runtime.engine import Engine
-from sps_runtime.runner.echo import echo_generate
+from sps_runtime.runner.echo_answers import echo_generate
 from sps_runtime.types.errors import ConfigError, EngineDead, InvalidRequest, SpsError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}

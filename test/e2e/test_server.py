@@ -21,7 +21,7 @@ import pytest
 from test.kit.server_process import EOS, VOCAB_SIZE, ServerProcess, write_echo_model
 
 from sps_runtime.frontend.tokenizer import Tokenizer
-from sps_runtime.runner.echo import echo_generate
+from sps_runtime.runner.echo_answers import echo_generate
 
 FLAGS = ("--sp-size", "2", "--page-size", "16", "--chunked-prefill-size", "128")
 FLAGS += ("--enable-metrics", "--enable-cache-report", "--served-model-name", "echo")

@@ -69,9 +69,9 @@ PROMPTS: list[Any] = [
     True,
 ]
 UNSUPPORTED: dict[str, Any] = {
-    "regex": "a+",
-    "json_schema": "{}",
-    "ebnf": 'root ::= "x"',
+    "regex": "a(",
+    "json_schema": "{",
+    "ebnf": "root ::= x",
     "lora_path": "/etc/passwd",
     "session_params": {"id": 1},
     "custom_logit_processor": "x",
@@ -79,7 +79,7 @@ UNSUPPORTED: dict[str, Any] = {
     "return_hidden_states": True,
     "bad_words": ["x"],
     "allowed_token_ids": [1],
-    "guided_json": {"type": "object"},
+    "guided_json": {"type": "nothing"},
     "structural_tag": "x",
 }
 OPENAI_UNSUPPORTED: dict[str, Any] = {
@@ -88,7 +88,7 @@ OPENAI_UNSUPPORTED: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
-    "response_format": {"type": "json_object"},
+    "response_format": {"type": "json_schema"},
     "chat_template": "{{ ().__class__ }}",
     "reasoning_effort": "high",
     "modalities": ["text", "audio"],

@@ -11,13 +11,9 @@ from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
-from sps_runtime.runner.echo import (
-    ECHO_DENSITY,
-    EchoMemory,
-    EchoWorld,
-    echo_generate,
-    echo_prompt_logprobs,
-)
+from sps_runtime.grammar.matchers import Matchers
+from sps_runtime.runner.echo import ECHO_DENSITY, EchoMemory, EchoWorld
+from sps_runtime.runner.echo_answers import echo_generate, echo_prompt_logprobs
 from sps_runtime.scheduler.policies.sps import Sps
 from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
@@ -29,6 +25,7 @@ from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import LogprobParams, SamplingParams
 from sps_runtime.types.tokens import pack_ids, unpack_ids
 from test.kit.sparse_referee import SparseReferee
+from test.kit.toy_grammar import ToyGrammars
 
 SHAPE = ModelShape(layers=2, hidden=64, q_heads=4, kv_heads=2, head_dim=16, linear_params=100_000)
 EOS = 3
@@ -134,7 +131,8 @@ class EchoServer:
             StepCosts(SHAPE, LinkCost(1e-5, 1e9, zero_copy), 1e9),
         )
         memory = EchoMemory.allocate(sp, pages, page_size, board_slots(scheduler_config), tp)
-        self.world = EchoWorld(memory, vocab, self.chance)
+        self.grammars = ToyGrammars(vocab, EOS)
+        self.world = EchoWorld(memory, vocab, self.chance, lambda: Matchers(lambda: self.grammars))
         one_host = self.parallel.nnodes == 1
         self.referee = Referee(tp, scheduler_config.max_steps_in_flight, zero_copy, one_host)
         self.sparse_referee = SparseReferee(self.scheduler, page_size, pages)
@@ -227,7 +225,8 @@ class EchoServer:
     def expected(self, rid: str) -> list[int]:
         request = self.requests[rid]
         sampling, prompt = request.sampling, list(unpack_ids(request.tokens))
-        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
+        ignores_eos = sampling.ignore_eos and not sampling.grammar
+        stops = set(sampling.stop_token_ids) | (set() if ignores_eos else {EOS})
         return echo_generate(
             prompt,
             min(sampling.max_new_tokens, self.context - len(prompt)),
@@ -235,6 +234,7 @@ class EchoServer:
             stop_ids=stops,
             min_new=sampling.min_new_tokens,
             penalized=sampling.penalized,
+            matcher=self.grammars.matcher(sampling.grammar) if sampling.grammar else None,
         )
 
     def compare(self, rid: str) -> None:

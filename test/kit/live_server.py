@@ -12,7 +12,9 @@ from typing import Any
 import uvloop
 
 from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.process import GrammarWorkerConfig
 from sps_runtime.config.server import ServerConfig
+from sps_runtime.frontend.grammar_checker import GrammarChecker
 from sps_runtime.frontend.health import Health
 from sps_runtime.frontend.limits import Limits
 from sps_runtime.frontend.tokenizer import Tokenizer
@@ -111,6 +113,14 @@ class LiveServer:
             Gate(limits),
             observer=metrics,
             max_inflight=self._max_inflight,
+            grammars=GrammarChecker(
+                GrammarWorkerConfig(
+                    backend="llguidance",
+                    tokenizer_path=str(self._directory),
+                    vocab_size=VOCAB_SIZE,
+                    eos_token_ids=(2,),
+                )
+            ),
             health=Health(heartbeat_timeout_s=self._heartbeat_timeout_s),
         )
         service = Service(

@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sps_runtime.grammar.protocol import GrammarError
 from sps_runtime.runner.logit_edits import edit_row
 from sps_runtime.runner.philox import philox, uniform
 from sps_runtime.runner.sampler import sample, sample_rows
@@ -300,3 +301,44 @@ def test_the_last_number_draws_the_last_kept_id(monkeypatch: pytest.MonkeyPatch)
     logits = random_logits(1, vocab=5000, seed=5)
     kept = logits[0].topk(40).indices.max()
     assert choose(logits, [planned(top_k=40)], [0]) == [int(kept)]
+
+
+def allowing(*ids: int) -> Any:
+    mask = np.zeros(VOCAB, dtype=np.bool_)
+    mask[list(ids)] = True
+    return mask
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_a_grammar_allows_is_sampled(temperature: float) -> None:
+    logits_RV = random_logits(300)
+    before = logits_RV.clone()
+    samples = [planned(temperature=temperature, seed=row, top_k=5) for row in range(300)]
+    masks = [allowing(3, 7, 20)] * 150 + [None] * 150
+    tokens = sample_rows(logits_RV, samples, list(range(300)), [None] * 300, masks)
+    free = sample_rows(logits_RV, samples, list(range(300)), [None] * 300)
+    assert set(tokens[:150].tolist()) == {3, 7, 20}
+    assert torch.equal(tokens[150:], free[150:]) and torch.equal(logits_RV, before)
+
+
+def test_a_grammar_comes_before_a_bias_and_after_a_ban() -> None:
+    logits_RV = random_logits(3)
+    samples = [
+        planned(temperature=0, logit_bias={9: 100.0}),
+        planned(temperature=0, forbid_stop=(3,)),
+        planned(temperature=0, forbid_stop=(3, 4)),
+    ]
+    masks = [allowing(3, 4)] * 3
+    tokens = sample_rows(logits_RV, samples, [0] * 3, [None] * 3, masks).tolist()
+    assert tokens[0] in (3, 4) and tokens[1] == 4 and tokens[2] in (3, 4)
+
+
+def test_a_grammar_that_allows_nothing_fails_its_own_row() -> None:
+    sequences = tuple(
+        SequencePlan(slot=slot, start=0, count=1, tokens=b"", pages=b"", sample=planned(seed=slot))
+        for slot in range(2)
+    )
+    plan = StepPlan(epoch=1, group=(0,), sequences=sequences)
+    masks = {1: GrammarError("nothing may follow")}
+    fine, failed = sample(random_logits(2), plan, [0, 1], {}, masks)
+    assert fine.failure is None and failed.failure == "nothing may follow"

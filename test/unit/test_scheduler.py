@@ -276,3 +276,28 @@ def test_scheduler_takes_no_clock_and_no_torch() -> None:
 
     module = sys.modules[Scheduler.__module__]
     assert not {"time", "zmq", "torch"} & set(vars(module))
+
+
+def test_a_grammar_without_a_next_token_ends_its_request_alone() -> None:
+    server = EchoServer(sp=2, pages=64)
+    dead = server.add([4, 5, 6], 20, grammar="dead 3", ignore_eos=True)
+    other = server.add([7, 8, 9], 20, ignore_eos=True)
+    while not server.scheduler.idle:
+        server.turn()
+        server.scheduler.check()
+    finish = server.finals[dead].finish
+    assert finish is not None and (finish.kind, finish.status) == ("abort", 400)
+    assert finish.message == "nothing may follow"
+    assert len(server.tokens[dead]) <= 3
+    server.compare(other)
+    assert len(server.tokens[other]) == 20
+
+
+def test_plans_under_a_grammar_carry_what_was_generated() -> None:
+    server = EchoServer(sp=1, pages=64)
+    server.add([4, 5, 6], 9, grammar="7", min_new_tokens=9)
+    server.add([4, 5, 6], 9, ignore_eos=True)
+    server.run()
+    samples = [s.sample for plan in server.plans for s in plan.sequences if s.sample is not None]
+    assert any(len(sample.generated) == 4 * 5 for sample in samples)
+    assert not any(sample.generated for sample in samples if not sample.params.grammar)

@@ -53,6 +53,7 @@ def random_traffic(server: EchoServer, chance: random.Random) -> None:
             ignore_eos=chance.random() < 0.5,
             min_new_tokens=chance.choice([0, 0, 2]) if n > 2 else 0,
             presence_penalty=chance.choice([0.0, 0.0, 1.0]),
+            grammar=chance.choice(["", "", "2", "7"]),
         )
         for _ in range(chance.randrange(6)):
             server.turn()

@@ -34,6 +34,7 @@ class EngineConfig:
         cores.
     seed: of dummy weights and of seeds drawn for requests without one.
     attention_backend: name of the attention backend, or ``auto``.
+    grammar_backend: name of the grammar backend, or ``none``.
     disable_step_graphs: compute every decode step through the model's code; record none to replay.
     watchdog_timeout_s: plans without any result for this long end the engine.
     echo_delay_s: seconds that an echo rank takes for a step.
@@ -53,6 +54,7 @@ class EngineConfig:
     spin_s: float = 0.0
     seed: int = 0
     attention_backend: str = "auto"
+    grammar_backend: str = "llguidance"
     disable_step_graphs: bool = False
     watchdog_timeout_s: float = 300.0
     echo_delay_s: float = 0.0

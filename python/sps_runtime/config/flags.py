@@ -154,6 +154,11 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "echo"], help=_ECHO_HELP)
     add("--attention-backend", default="auto", choices=["auto", "sps_kernel", "torch"])
     add(
+        "--grammar-backend",
+        default="llguidance",
+        help="llguidance, none, or a plug-in's name",
+    )
+    add(
         "--disable-step-graphs",
         "--disable-cuda-graph",
         action="store_true",
@@ -270,6 +275,7 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         cpu_bind=parsed.cpu_bind,
         random_seed=parsed.random_seed,
         attention_backend=parsed.attention_backend,
+        grammar_backend=parsed.grammar_backend,
         disable_step_graphs=parsed.disable_step_graphs,
         watchdog_timeout_s=parsed.watchdog_timeout,
         echo_delay_s=parsed.echo_delay,

@@ -52,6 +52,7 @@ class EngineOptions:
     cpu_bind: str = "auto"
     random_seed: int = 0
     attention_backend: str = "auto"
+    grammar_backend: str = "llguidance"
     disable_step_graphs: bool = False
     watchdog_timeout_s: float = 300.0
     echo_delay_s: float = 0.0

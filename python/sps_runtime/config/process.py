@@ -94,3 +94,20 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     log: LogConfig = LogConfig()
+
+
+class GrammarWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that compiles clients' grammars first (`frontend.grammar_worker`).
+
+    Inherited descriptor: ``grammars``, a connected stream socket.
+
+    Attributes:
+        backend: its name.
+        memory_bytes: addresses that grammars may take beyond what the process needs itself.
+    """
+
+    backend: str
+    tokenizer_path: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    memory_bytes: int = 512 << 20

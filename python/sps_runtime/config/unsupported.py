@@ -57,7 +57,6 @@ REFUSED: Mapping[str, Refusal] = {
     "lora-paths": _NO_LORA,
     "speculative-algorithm": _NO_SPECULATION,
     "speculative-draft-model-path": _NO_SPECULATION,
-    "grammar-backend": Refusal("constrained decoding is not supported yet", ("none",)),
     "reasoning-parser": _NO_PARSER,
     "tool-call-parser": _NO_PARSER,
     "completion-template": Refusal("/v1/completions takes the prompt as it is"),

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from sps_runtime.frontend.attention_options import AttentionOptions
+from sps_runtime.types.grammar import GrammarSpec
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,6 +100,7 @@ class Query:
         owner: who may abort it by its label.
         label: the client's own id of it, "" for none. Never used as an identity in the engine.
         names: how the client calls the gate's fields, for error messages.
+        grammar: what the answer must follow; the client calls it ``names["grammar"]``.
     """
 
     prompt: Prompt
@@ -111,3 +113,4 @@ class Query:
     owner: str = ""
     label: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    grammar: GrammarSpec | None = None

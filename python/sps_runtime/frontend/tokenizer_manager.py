@@ -15,6 +15,7 @@ from dataclasses import replace
 from sps_runtime.frontend.detokenizer import TextStream
 from sps_runtime.frontend.engine_calls import EngineCalls
 from sps_runtime.frontend.engine_link import EngineLink
+from sps_runtime.frontend.grammar_checker import GrammarChecker
 from sps_runtime.frontend.health import Health
 from sps_runtime.frontend.labels import LabelTable
 from sps_runtime.frontend.limits import Limits
@@ -54,6 +55,7 @@ class TokenizerManager:
         max_inflight: sequences here at once, waiting ones included; more are refused before they
             are tokenized.
         stream_interval: tokens between two outputs of a sequence.
+        grammars: prepares grammars; None where this server takes none.
         health, observer, clock: for probes, metrics and tests.
 
     Attributes:
@@ -71,6 +73,7 @@ class TokenizerManager:
         *,
         max_inflight: int = 1280,
         stream_interval: int = 1,
+        grammars: GrammarChecker | None = None,
         health: Health | None = None,
         observer: RequestObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -85,6 +88,7 @@ class TokenizerManager:
         self._clock = clock
         self.calls = EngineCalls(link)
         self._encoder = PromptEncoder(tokenizer)
+        self._grammars = grammars
         self._labels = LabelTable()
         self._running: dict[str, tuple[RequestState, OutputGroup]] = {}
         self._reserved = 0
@@ -134,6 +138,7 @@ class TokenizerManager:
             raise QueueFull()
         self._reserved += sequences
         try:
+            grammars = [await self._grammar(query) for query in queries]
             prompts = await self._encoder.encode(queries, self.limits)
         finally:
             self._reserved -= sequences
@@ -141,9 +146,22 @@ class TokenizerManager:
         self._labels.refuse_duplicates(labels)  # another may have come while this one tokenized
         return [
             (query, request)
-            for query, tokens in zip(queries, prompts, strict=True)
-            for request in self.gate.requests(query, tokens)
+            for query, tokens, grammar in zip(queries, prompts, grammars, strict=True)
+            for request in self.gate.requests(query, tokens, grammar)
         ]
+
+    async def _grammar(self, query: Query) -> str:
+        """A query's grammar as ranks are given it; "" without one."""
+        if query.grammar is None:
+            return ""
+        field = query.names.get("grammar", "grammar")
+        if self._grammars is None:
+            raise InvalidRequest(
+                f"{field} is not supported: this server was started without grammars",
+                field=field,
+                code="unsupported_option",
+            )
+        return await self._grammars.prepare(query.grammar, field)
 
     def _refuse_unless_serving(self) -> None:
         if not self.health.serving:
@@ -322,5 +340,7 @@ class TokenizerManager:
         self.calls.fail_all("the engine failed")
 
     def close(self) -> None:
-        """Give the threads back."""
+        """Give threads and processes back."""
         self._encoder.close()
+        if self._grammars is not None:
+            self._grammars.close()

@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from sps_runtime.config.attention import AttentionConfig
 from sps_runtime.frontend.attention_options import FIELD, attention_spec
 from sps_runtime.frontend.limits import Limits
@@ -144,12 +146,15 @@ class Gate:
         n = 1 if query.options.n is None else query.options.n
         return _Fields(query.names).integer("n", n, 1, self.limits.max_choices)
 
-    def requests(self, query: Query, tokens: Sequence[int]) -> list[GenerateRequest]:
+    def requests(
+        self, query: Query, tokens: Sequence[int], grammar: str = ""
+    ) -> list[GenerateRequest]:
         """Return one request for each of the query's choices.
 
         Args:
             query: what is wanted.
             tokens: the prompt's ids.
+            grammar: the query's, prepared.
 
         Raises:
             InvalidRequest: naming the offending field.
@@ -157,6 +162,7 @@ class Gate:
         fields = _Fields(query.names)
         self._check_prompt(fields, tokens)
         sampling = self._sampling(query, fields, prompt_tokens=len(tokens))
+        sampling = msgspec.structs.replace(sampling, grammar=grammar) if grammar else sampling
         logprobs = self._logprobs(query.logprobs, fields, len(tokens))
         attention = self._attention_spec(query, fields)
         packed = pack_ids(tokens)

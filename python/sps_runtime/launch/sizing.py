@@ -56,6 +56,7 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         spin_s=binding.spin_s,
         seed=options.random_seed,
         attention_backend=options.attention_backend,
+        grammar_backend=options.grammar_backend,
         disable_step_graphs=options.disable_step_graphs,
         watchdog_timeout_s=options.watchdog_timeout_s,
         echo_delay_s=options.echo_delay_s,

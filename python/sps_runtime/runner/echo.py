@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sps_runtime.grammar.matchers import Matchers
+from sps_runtime.grammar.protocol import Allowed, GrammarError
+from sps_runtime.runner.echo_answers import (
+    Ints,
+    Words,
+    made_up_logprobs,
+    pick,
+    prefix_states,
+)
 from sps_runtime.sparse.audit import RECORD
 from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
     PromptLogprobs,
     SampledToken,
+    SamplePlan,
     SequencePlan,
     StepCounters,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
-from sps_runtime.types.sampling import LogprobParams
-
-Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
+from sps_runtime.types.tokens import pack_ids
 
 EMPTY = -1
 """What a KV entry holds that was never written."""
@@ -41,83 +46,6 @@ ECHO_DENSITY = 0.25
 
 class EchoFault(Exception):
     """A rank met what a right plan never shows it; becomes `StepResult.error`."""
-
-
-def _mix(words: Words) -> Words:
-    """splitmix64's finaliser, elementwise."""
-    with np.errstate(over="ignore"):
-        words = words + np.uint64(0x9E3779B97F4A7C15)
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return words ^ (words >> np.uint64(31))
-
-
-def _states(entries: Ints) -> Words:
-    """What each prefix of packed (position, token) entries hashes to."""
-    return np.cumsum(_mix(entries.astype(np.uint64)), dtype=np.uint64)
-
-
-def _entries(tokens: Iterable[int], start: int) -> Ints:
-    ids = np.fromiter(tokens, dtype=np.int64)
-    return (np.arange(start, start + len(ids), dtype=np.int64) << 32) | ids
-
-
-def _pick(state: int, vocab: int, forbidden: Iterable[int], history: dict[int, int] | None) -> int:
-    """The token that follows: a hash, moved past what is forbidden."""
-    if history is not None:
-        counted = np.array([count << 32 | token for token, count in history.items()], np.uint64)
-        state = (state + int(np.sum(_mix(_mix(counted)), dtype=np.uint64))) % 2**64
-    token = int(_mix(np.array([state], np.uint64))[0]) % vocab
-    while token in forbidden:
-        token = (token + 1) % vocab
-    return token
-
-
-def _logprobs(state: int, token: int, top: int, ids: tuple[int, ...], vocab: int) -> TokenLogprobs:
-    def one(candidate: int) -> float:
-        return -float(int(_mix(np.array([state + candidate], np.uint64))[0]) % 1000) / 100.0
-
-    ranked = tuple(((token + k) % vocab, one((token + k) % vocab)) for k in range(top))
-    return TokenLogprobs(token, one(token), ranked, tuple((i, one(i)) for i in ids))
-
-
-def echo_generate(
-    prompt: Sequence[int],
-    n: int,
-    *,
-    vocab: int,
-    stop_ids: Iterable[int] = (),
-    min_new: int = 0,
-    penalized: bool = False,
-) -> list[int]:
-    """What a server over echo ranks must answer: up to `n` tokens, the stop token included."""
-    stops = frozenset(stop_ids)
-    history = dict.fromkeys(prompt, 0) if penalized else None
-    state = int(_states(_entries(prompt, 0))[-1])
-    output: list[int] = []
-    while len(output) < n:
-        forbidden = stops if len(output) < min_new else frozenset()
-        token = _pick(state, vocab, forbidden, history)
-        output.append(token)
-        if token in stops:
-            break
-        if history is not None:
-            history[token] = history.get(token, 0) + 1
-        entry = _entries([token], len(prompt) + len(output) - 1)
-        state = (state + int(_mix(entry.astype(np.uint64))[0])) % 2**64
-    return output
-
-
-def echo_prompt_logprobs(
-    prompt: Sequence[int], wants: LogprobParams, vocab: int
-) -> list[TokenLogprobs]:
-    """What a server over echo ranks must report for every prompt position, from 0."""
-    states = _states(_entries(prompt, 0)).tolist()
-    judged = [
-        _logprobs(state, token, wants.top, wants.token_ids, vocab)
-        for state, token in zip(states, list(prompt)[1:], strict=False)
-    ]
-    return [TokenLogprobs(prompt[0], None), *judged]
 
 
 @dataclass(frozen=True)
@@ -157,8 +85,11 @@ class EchoRank:
     other ranks may be anywhere, so a slot reused too early is read with foreign contents.
     """
 
-    def __init__(self, rank: int, memory: EchoMemory, vocab: int) -> None:
+    def __init__(
+        self, rank: int, memory: EchoMemory, vocab: int, matchers: Matchers | None = None
+    ) -> None:
         self.rank = rank
+        self._matchers = matchers
         self._memory = memory
         self._vocab = vocab
         self._sp_rank, self._tp_rank = divmod(rank, memory.tp_size)
@@ -207,7 +138,7 @@ class EchoRank:
         for sequence in plan.sequences:
             self._verify_own(sequence)
             if self._reads_all(sequence):
-                states = _states(self._read(sequence))
+                states = prefix_states(self._read(sequence))
                 judged.extend(self._judge(sequence, states))
                 if sequence.sample is not None and self._owns_last(sequence):
                     sampled.append(self._sample(plan.epoch, sequence, int(states[-1])))
@@ -345,13 +276,28 @@ class EchoRank:
             if sequence.board_epoch >= 0:
                 read = int(self._tokens(sequence)[-1])
                 history[read] = history.get(read, 0) + 1
-        token = _pick(state, self._vocab, plan.forbid_stop, history)
+        allowed, failure = self._allowed(sequence, plan)
+        token = pick(state, self._vocab, plan.forbid_stop, history, allowed)
         if self._tp_rank == 0:
             self._memory.board[sequence.slot] = epoch << 32 | token
         logprobs = None
         if plan.logprobs is not None:
-            logprobs = _logprobs(state, token, plan.logprobs, plan.logprob_ids, self._vocab)
-        return SampledToken(sequence.slot, token, logprobs)
+            logprobs = made_up_logprobs(state, token, plan.logprobs, plan.logprob_ids, self._vocab)
+        return SampledToken(sequence.slot, token, logprobs, failure)
+
+    def _allowed(
+        self, sequence: SequencePlan, sample: SamplePlan
+    ) -> tuple[Allowed | None, str | None]:
+        """What the grammar allows, or why nothing."""
+        grammar = sample.params.grammar
+        if not grammar or self._matchers is None:
+            return None, "this engine has no grammars" if grammar else None
+        on_board = self._tokens(sequence)[-1:] if sequence.board_epoch >= 0 else ()
+        generated = sample.generated + pack_ids(map(int, on_board))
+        try:
+            return self._matchers.allowed(sequence.slot, grammar, generated), None
+        except GrammarError as error:
+            return None, str(error)
 
     def _judge(self, sequence: SequencePlan, states: Words) -> list[PromptLogprobs]:
         """Prompt logprobs by the logits of this rank's positions, one piece per run of them."""
@@ -363,7 +309,7 @@ class EchoRank:
             token = tokens[position - sequence.start]
             if position + 1 < sequence.prompt_logprobs_from or token < 0:
                 continue
-            value = _logprobs(
+            value = made_up_logprobs(
                 int(states[position]), token, sequence.prompt_top, sequence.prompt_ids, self._vocab
             )
             if pieces and pieces[-1].start + len(pieces[-1].values) == position + 1:
@@ -377,8 +323,17 @@ class EchoRank:
 class EchoWorld:
     """All ranks in one process, in random order: `poll` lets one of them take one small step."""
 
-    def __init__(self, memory: EchoMemory, vocab: int, chance: random.Random) -> None:
-        self.ranks = [EchoRank(rank, memory, vocab) for rank in range(len(memory.kv))]
+    def __init__(
+        self,
+        memory: EchoMemory,
+        vocab: int,
+        chance: random.Random,
+        matchers: Callable[[], Matchers] | None = None,
+    ) -> None:
+        self.ranks = [
+            EchoRank(rank, memory, vocab, matchers() if matchers else None)
+            for rank in range(len(memory.kv))
+        ]
         self._tp_size = memory.tp_size
         self._chance = chance
 

@@ -18,6 +18,7 @@ from sps_runtime.ipc.links import Receiver, Sender, new_context
 from sps_runtime.ipc.memory import map_memory
 from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.runner.echo import EMPTY, EchoMemory, EchoRank
+from sps_runtime.runner.grammar_masks import open_matchers
 from sps_runtime.runner.links import open_links
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.types.messages import FromRank, LinkCost, RankReady, StopEngine, ToRank
@@ -40,7 +41,7 @@ def run(child: ChildContext[RankConfig]) -> None:
     memory.kv[config.rank].fill(EMPTY)
     if config.rank == 0:
         memory.board.fill(EMPTY)
-    vocab = load_model_config(engine.model_path).vocab_size
+    model = load_model_config(engine.model_path)
     context = new_context()
     plans, results = open_links(context, config)
     ready = RankReady(
@@ -52,7 +53,8 @@ def run(child: ChildContext[RankConfig]) -> None:
     )
     results.send(ready)
     child.ready("echo")
-    _serve(EchoRank(config.rank, memory, vocab), plans, results, engine.echo_delay_s)
+    rank = EchoRank(config.rank, memory, model.vocab_size, open_matchers(engine, model))
+    _serve(rank, plans, results, engine.echo_delay_s)
     results.close(linger_ms=200)
     plans.close()
     context.term()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sps_runtime.grammar.matchers import without
+from sps_runtime.grammar.protocol import Allowed
 from sps_runtime.types.plan import SamplePlan
 
 
@@ -13,16 +15,23 @@ def has_edits(sample: SamplePlan) -> bool:
     return bool(sample.params.penalized or sample.params.logit_bias or sample.forbid_stop)
 
 
-def edit_row(logit_V: Tensor, sample: SamplePlan, board_token: int | None) -> None:
+def edit_row(
+    logit_V: Tensor,
+    sample: SamplePlan,
+    board_token: int | None,
+    allowed: Allowed | None = None,
+) -> None:
     """Change one row of fp32 logits in place.
 
     In this order: repetition penalty (Keskar et al. 2019: positive logits are divided, negative
     ones multiplied; over prompt and generated ids), frequency and presence penalties (OpenAI's,
-    over generated ids), the bias, the ids that may not come now.
+    over generated ids), the bias, the ids that may not come now: a grammar's word is the last, so
+    an id that it leaves alone comes although it is forbidden.
 
     Args:
         board_token: the sequence's newest id when the plan did not know it yet: a generated one,
             not in the plan's history.
+        allowed: what the sequence's grammar allows, some id at least; None without a grammar.
     """
     params = sample.params
     if params.penalized:
@@ -36,7 +45,10 @@ def edit_row(logit_V: Tensor, sample: SamplePlan, board_token: int | None) -> No
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logit_V.device)
         logit_V[ids] += torch.tensor(list(params.logit_bias.values()), device=logit_V.device)
-    if sample.forbid_stop:
+    if allowed is not None:
+        banned_V = torch.from_numpy(~without(allowed, sample.forbid_stop))
+        logit_V.masked_fill_(banned_V.to(logit_V.device), -torch.inf)
+    elif sample.forbid_stop:
         logit_V[torch.tensor(sample.forbid_stop, device=logit_V.device)] = -torch.inf
 
 

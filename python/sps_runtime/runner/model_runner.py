@@ -7,7 +7,7 @@ same again (`replay`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -24,6 +24,7 @@ from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.ops.recording import Recorder
+from sps_runtime.runner.grammar_masks import GrammarMasks, Masks
 from sps_runtime.runner.input_batch import InputBatch, build_input, decode_tokens
 from sps_runtime.runner.micro_batches import fly
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
@@ -90,6 +91,7 @@ class ModelRunner:
         timeline: where spans of steps and their parts go.
         pipeline: keep micro-batches of a long prefill in flight where pages cross hosts.
         recorder: records decode steps to replay them; None runs them all through the model's code.
+        grammars: finds what grammars allow; without it requests that have one fail.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class ModelRunner:
         timeline: Timeline | None = None,
         pipeline: bool = True,
         recorder: Recorder | None = None,
+        grammars: GrammarMasks | None = None,
     ) -> None:
         self._model = model
         self._vocab = vocab
@@ -112,6 +115,7 @@ class ModelRunner:
         self._token_timeout_s = token_timeout_s
         self._timeline: Timeline = timeline or NoTimeline()
         self._pipeline = pipeline
+        self._grammars = grammars or GrammarMasks()
         self._graphs = StepGraphs(means, self._decode, recorder)
 
     @torch.inference_mode()
@@ -144,11 +148,12 @@ class ModelRunner:
         span = self._timeline.span
         with span("prepare", "host"):
             step = self._prepare(plan)
+            masks = self._grammars.begin(plan, self._sampled_here(step), step.batch.board_tokens)
         rows = len(step.batch.tokens_T)
         with span("forward", "forward", tokens=rows):
             hidden_TD = self._forward(step)
         with span("sample", "host"):
-            sampled = self._sample(step, hidden_TD)
+            sampled = self._sample(step, hidden_TD, masks)
         judged = self._judge(step, hidden_TD)
         return rows, sampled, judged, sparse_counters(step.context.attend)
 
@@ -158,12 +163,13 @@ class ModelRunner:
         with span("prepare", "host"):
             tokens, board_tokens = decode_tokens(plan, self._board, self._token_timeout_s)
             links = self._links(plan.group)
-        rows = len(tokens)
+            rows = len(tokens)
+            sequences = range(rows) if self._speaks(plan, member) else ()
+            masks = self._grammars.begin(plan, sequences, board_tokens)
         with span("forward", "forward", tokens=rows):
             logits_RV = self._graphs.run(plan, tokens, links, self._decode_context)
         with span("sample", "host"):
-            sequences = range(rows) if self._speaks(plan, member) else ()
-            found = sample(logits_RV, plan, sequences, board_tokens) if sequences else []
+            found = sample(logits_RV, plan, sequences, board_tokens, masks()) if sequences else []
             if self._means.mesh.tp_rank == 0:
                 here = SampledHere(sequences, [token.token for token in found])
                 others: list[Sequence[int]] = [()] * (len(plan.group) - 1)
@@ -231,14 +237,21 @@ class ModelRunner:
         replica = plan.placement == "replicated" and member > 0
         return self._means.mesh.tp_rank == 0 and not replica
 
-    def _sample(self, step: Step, hidden_TD: Tensor) -> tuple[SampledToken, ...]:
+    def _sampled_here(self, step: Step) -> Sequence[int]:
+        """The sequences that this rank samples."""
+        sequences: list[int] = step.batch.sampled.sequences.tolist()
+        return sequences if self._speaks(step.plan, step.member) else []
+
+    def _sample(
+        self, step: Step, hidden_TD: Tensor, masks: Callable[[], Masks]
+    ) -> tuple[SampledToken, ...]:
         batch, plan = step.batch, step.plan
         rows = batch.sampled
         if not any(rows.per_member):
             return ()
         logits_RV = self._logits(step, hidden_TD, rows.rows, rows.per_member)
-        sequences = rows.sequences.tolist() if self._speaks(plan, step.member) else []
-        found = sample(logits_RV, plan, sequences, batch.board_tokens) if sequences else []
+        sequences = self._sampled_here(step)
+        found = sample(logits_RV, plan, sequences, batch.board_tokens, masks()) if sequences else []
         if self._means.mesh.tp_rank == 0:
             samplers = [sequences.tolist() for sequences in rows.by_member]
             if plan.placement == "replicated":

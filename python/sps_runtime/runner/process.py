@@ -28,6 +28,7 @@ from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.operators import Operators
 from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.assembly import Place, open_means
+from sps_runtime.runner.grammar_masks import open_masks
 from sps_runtime.runner.links import open_links
 from sps_runtime.runner.measure import measure_decode, measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
@@ -114,6 +115,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         timeline,
         engine.parallel.pipeline,
         None if ops.kernels is None or engine.disable_step_graphs else Recorder(ops.kernels),
+        open_masks(engine, model.config),
     )
     cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sps_runtime.grammar.protocol import Allowed, GrammarError
+from sps_runtime.runner.grammar_masks import NO_MASKS, Masks
 from sps_runtime.runner.logit_edits import edit_row, has_edits
 from sps_runtime.runner.philox import uniform
 from sps_runtime.runner.truncation import truncate
@@ -21,7 +23,11 @@ from sps_runtime.types.sampling import SamplingParams
 
 
 def sample(
-    logits_RV: Tensor, plan: StepPlan, sequences: Sequence[int], board_tokens: Mapping[int, int]
+    logits_RV: Tensor,
+    plan: StepPlan,
+    sequences: Sequence[int],
+    board_tokens: Mapping[int, int],
+    masks: Masks = NO_MASKS,
 ) -> list[SampledToken]:
     """Sample one token for each of some sequences of a plan.
 
@@ -29,15 +35,20 @@ def sample(
         logits_RV: ``[len(sequences), vocab]`` in any floating dtype; left as it is.
         sequences: indices in `plan.sequences` whose `sample` is set.
         board_tokens: ids that this step read from the board, by sequence index.
+        masks: what grammars allow, by sequence index. A sequence whose grammar allows nothing gets
+            any token, and the reason.
     """
     planned = [plan.sequences[index] for index in sequences]
     samples = [sequence.sample for sequence in planned if sequence.sample is not None]
     positions = [sequence.start + sequence.count for sequence in planned]
     known = [board_tokens.get(index) for index in sequences]
-    tokens_R = sample_rows(logits_RV, samples, positions, known)
+    found = [masks.get(index) for index in sequences]
+    allowed = [None if isinstance(mask, GrammarError) else mask for mask in found]
+    failures = [str(mask) if isinstance(mask, GrammarError) else None for mask in found]
+    tokens_R = sample_rows(logits_RV, samples, positions, known, allowed)
     reports = _logprobs(logits_RV, samples, tokens_R)
     return [
-        SampledToken(sequence.slot, token, reports.get(row))
+        SampledToken(sequence.slot, token, reports.get(row), failures[row])
         for row, (sequence, token) in enumerate(zip(planned, tokens_R.tolist(), strict=True))
     ]
 
@@ -47,13 +58,19 @@ def sample_rows(
     samples: Sequence[SamplePlan],
     positions: Sequence[int],
     board_tokens: Sequence[int | None],
+    allowed: Sequence[Allowed | None] = (),
 ) -> Tensor:
     """Token ids ``[rows]`` int64 at the given positions; arguments as in `sample`, one a row."""
-    edited = [row for row, sample_plan in enumerate(samples) if has_edits(sample_plan)]
+    allowed = allowed or [None] * len(samples)
+    edited = [
+        row
+        for row, sample_plan in enumerate(samples)
+        if has_edits(sample_plan) or allowed[row] is not None
+    ]
     logits_RV = logits_RV.to(torch.float32, copy=bool(edited))
     if edited:
         for row in edited:
-            edit_row(logits_RV[row], samples[row], board_tokens[row])
+            edit_row(logits_RV[row], samples[row], board_tokens[row], allowed[row])
     tokens_R = _argmax(logits_RV)
     drawn = [row for row, sample_plan in enumerate(samples) if not _greedy(sample_plan.params)]
     if drawn:

@@ -166,6 +166,7 @@ class Planner:
             history_counts=history[1],
             logprobs=wants.top if wants is not None else None,
             logprob_ids=wants.token_ids if wants is not None else (),
+            generated=sequence.packed_generated() if sampling.grammar else b"",
         )
 
     def _strategy(self, step: Step, group: tuple[int, ...]) -> Strategy:

@@ -26,6 +26,9 @@ def collect(run: Run) -> list[TokensOut]:
             raise EngineDead(f"no rank sampled a token in epoch {flight.epoch}")
         if flight.token is None or _waits_for_prompt(run, flight):
             break
+        if flight.token.failure is not None:
+            news.append(_fail(run, flight, flight.token.failure))
+            break
         if _waits_for_report(run, flight.token.token):
             break
         news.append(_take(run, flight, flight.token))
@@ -70,6 +73,13 @@ def _first_report(run: Run) -> AttentionReport | None:
         return None
     sparsity.reported = True
     return sparsity.report()
+
+
+def _fail(run: Run, flight: Flight, why: str) -> TokensOut:
+    """End a request whose grammar has no next token."""
+    flight.taken = True
+    run.unknown -= 1
+    return _news(run.sequence, finish=StopReason("abort", message=why, status=400))
 
 
 def _stop_reason(sequence: Sequence, token: int) -> StopReason | None:

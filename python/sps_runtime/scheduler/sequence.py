@@ -98,6 +98,16 @@ class Sequence:
         """All tokens, packed."""
         return self.tokens.tobytes() if self.generated else self.request.tokens
 
+    def packed_generated(self) -> bytes:
+        """Generated tokens, packed."""
+        return self.tokens[self.prompt_len :].tobytes()
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether sampling depends on every generated token."""
+        sampling = self.request.sampling
+        return sampling.penalized or bool(sampling.grammar)
+
 
 @dataclass(eq=False)
 class Flight:
@@ -200,6 +210,7 @@ def new_sequence(
     tokens = unpack_ids(request.tokens)
     sampling = request.sampling
     stop_ids = frozenset(sampling.stop_token_ids)
+    ignores_eos = sampling.ignore_eos and not sampling.grammar
     wants = request.logprobs
     attention = EXACT if sparsity is None else sparsity.attention
     return Sequence(
@@ -209,7 +220,7 @@ def new_sequence(
         tokens=tokens,
         prompt_len=len(tokens),
         max_new=max(0, min(sampling.max_new_tokens, context_length - len(tokens))),
-        stop_ids=stop_ids if sampling.ignore_eos else stop_ids | eos_ids,
+        stop_ids=stop_ids if ignores_eos else stop_ids | eos_ids,
         history=History(tokens) if sampling.penalized else None,
         prompt_logprobs_due=wants is not None and wants.prompt_start >= 0,
         sparsity=sparsity,

@@ -16,6 +16,7 @@ from sps_runtime.server.answers import Answer, complete
 from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
+from sps_runtime.server.grammars import constrained
 from sps_runtime.server.openai_common import (
     attention_report,
     finish_reason,
@@ -43,7 +44,7 @@ async def chat_completions(call: Call) -> ASGIApp:
     headers = check_options(decode_fields(raw), ChatBody, OPENAI)
     body: ChatBody = decode(raw, ChatBody)
     service.check_model(body.model)
-    query = _query(call, body)
+    query = constrained(_query(call, body), body.grammar())
     writer = _Writer(call, body)
     if body.stream:
         group = await service.manager.submit([query])

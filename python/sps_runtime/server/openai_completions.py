@@ -16,6 +16,7 @@ from sps_runtime.server.answers import Answer, complete
 from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
+from sps_runtime.server.grammars import constrained
 from sps_runtime.server.openai_common import (
     attention_report,
     finish_reason,
@@ -67,7 +68,8 @@ def _queries(call: Call, body: CompletionBody, prompts: list[str | list[int]]) -
     logprobs = None
     if body.logprobs is not None:
         logprobs = LogprobOptions(body.logprobs, (), 0 if body.echo else -1)
-    return [
+    grammar = body.grammar()
+    queries = [
         Query(
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             options=body.sampling(body.max_tokens),
@@ -82,6 +84,7 @@ def _queries(call: Call, body: CompletionBody, prompts: list[str | list[int]]) -
         )
         for prompt, label in zip(prompts, labels_of(body.rid, len(prompts)), strict=True)
     ]
+    return [constrained(query, grammar) for query in queries]
 
 
 class _Writer:

@@ -9,6 +9,7 @@ import msgspec
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
 from sps_runtime.server.body import NOTHING, decode
+from sps_runtime.server.grammars import GrammarFields
 from sps_runtime.types.errors import InvalidRequest
 
 
@@ -18,7 +19,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class OpenAIBody(msgspec.Struct, kw_only=True):
+class OpenAIBody(GrammarFields, kw_only=True):
     """What both routes have in common."""
 
     model: str | None = None

@@ -17,19 +17,10 @@ from sps_runtime.types.errors import InvalidRequest
 IGNORED_HEADER = "x-sps-ignored"
 _MAX_NAMED = 20
 
-_STRUCTURED = {
-    "regex",
-    "json_schema",
-    "ebnf",
-    "structural_tag",
-    "stop_regex",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-}
 _FOREIGN = {
+    "stop_regex",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
     "custom_logit_processor",
     "custom_params",
     "lora_path",
@@ -54,10 +45,23 @@ _FOREIGN = {
     "extra_key",
     "return_routed_experts",
 }
-NATIVE = frozenset(_STRUCTURED | _FOREIGN)
+NATIVE = frozenset(
+    _FOREIGN
+    | {
+        "regex",
+        "json_schema",
+        "ebnf",
+        "structural_tag",
+        "response_format",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "structured_outputs",
+    }
+)
 OPENAI = frozenset(
-    _STRUCTURED
-    | _FOREIGN
+    _FOREIGN
     | {
         "best_of",
         "suffix",
@@ -65,7 +69,6 @@ OPENAI = frozenset(
         "tool_choice",
         "functions",
         "function_call",
-        "response_format",
         "modalities",
         "audio",
         "prediction",
@@ -86,6 +89,7 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
+    "guided_decoding_backend": ("auto", "guidance", "llguidance"),
     "modalities": (["text"],),
     "length_penalty": (1, 1.0),
     "add_special_tokens": (True,),

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import uvloop
 
 from sps_runtime.config.model import load_model_config
-from sps_runtime.config.process import FrontendConfig
+from sps_runtime.config.process import FrontendConfig, GrammarWorkerConfig
+from sps_runtime.frontend.grammar_checker import GrammarChecker
 from sps_runtime.frontend.health import Health
 from sps_runtime.frontend.limits import Limits
 from sps_runtime.frontend.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ def build_service(config: FrontendConfig, link: ZmqEngineLink) -> Service:
         ),
         max_inflight=scheduler.max_running_requests + scheduler.max_queued_requests,
         stream_interval=server.stream_interval,
+        grammars=_grammar_checker(config),
         health=Health(watchdog_s=engine.watchdog_timeout_s),
         observer=metrics,
     )
@@ -87,6 +89,20 @@ def build_service(config: FrontendConfig, link: ZmqEngineLink) -> Service:
         metrics=metrics,
         probe=GenerationProbe(manager, timeouts.probe),
         timeouts=timeouts,
+    )
+
+
+def _grammar_checker(config: FrontendConfig) -> GrammarChecker | None:
+    engine = config.engine
+    if engine.grammar_backend == "none":
+        return None
+    return GrammarChecker(
+        GrammarWorkerConfig(
+            backend=engine.grammar_backend,
+            tokenizer_path=engine.tokenizer_path or engine.model_path,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+        )
     )
 
 

@@ -20,6 +20,7 @@ from sps_runtime.server.auth import Identity
 from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
+from sps_runtime.server.grammars import constrained
 from sps_runtime.server.openai_common import labels_of
 from sps_runtime.server.openai_logprobs import whole_prompt
 from sps_runtime.server.options import NATIVE, check_options
@@ -77,12 +78,13 @@ async def generate(call: Call) -> ASGIApp:
 def native_queries(identity: Identity, body: GenerateBody) -> list[Query]:
     """What a body asks for, one query per prompt."""
     field, prompts = body.prompts()
-    options = body.sampling(len(prompts))
+    told = body.sampling(len(prompts))
+    options = [sampling.checked() for sampling in told]
     logprobs = body.logprobs(options)
     labels = labels_of(body.rid, len(prompts))
     attentions = body.attentions(len(prompts))
     names = {**_NAMES, "prompt": field}
-    return [
+    queries = [
         Query(
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             options=options[i],
@@ -95,6 +97,10 @@ def native_queries(identity: Identity, body: GenerateBody) -> list[Query]:
             names={**names, ATTENTION: attentions[i][0]},
         )
         for i, prompt in enumerate(prompts)
+    ]
+    return [
+        constrained(query, sampling.grammar())
+        for query, sampling in zip(queries, told, strict=True)
     ]
 
 

@@ -11,21 +11,33 @@ from sps_runtime.frontend.attention_options import FIELD as ATTENTION
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import LogprobOptions, SamplingOptions
 from sps_runtime.server.body import NOTHING, decode, is_nothing
+from sps_runtime.server.grammars import Grammar, given, only
 from sps_runtime.types.errors import InvalidRequest
 
-_UNSUPPORTED = ("stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "custom_params")
+_UNSUPPORTED = ("stop_regex", "custom_params")
 SAMPLING = "sampling_params"
 
 
 class NativeSampling(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``sampling_params``: unknown keys are an error, grammars are not supported yet."""
+    """``sampling_params``: unknown keys are an error."""
 
     stop_regex: Any = None
     json_schema: Any = None
-    regex: Any = None
-    ebnf: Any = None
+    regex: str | None = None
+    ebnf: str | None = None
     structural_tag: Any = None
     custom_params: Any = None
+
+    def grammar(self) -> Grammar | None:
+        """Return the grammar. Raises InvalidRequest for several at once."""
+        return only(
+            (
+                given(f"{SAMPLING}.regex", "regex", self.regex),
+                given(f"{SAMPLING}.json_schema", "json_schema", self.json_schema),
+                given(f"{SAMPLING}.ebnf", "ebnf", self.ebnf),
+                given(f"{SAMPLING}.structural_tag", "structural_tag", self.structural_tag),
+            )
+        )
 
     def checked(self) -> SamplingOptions:
         """Return the plain options.
@@ -90,12 +102,12 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             raise InvalidRequest("text or input_ids is empty", field=field)
         return field, prompts
 
-    def sampling(self, prompts: int) -> list[SamplingOptions]:
+    def sampling(self, prompts: int) -> list[NativeSampling]:
         """Return the options of each prompt."""
         told = self.sampling_params
         if not isinstance(told, list):
-            return [(told or NativeSampling()).checked()] * prompts
-        return [options.checked() for options in _per_prompt(SAMPLING, told, prompts, None)]
+            return [told or NativeSampling()] * prompts
+        return list(_per_prompt(SAMPLING, told, prompts, None))
 
     def logprobs(self, sampling: Sequence[SamplingOptions]) -> list[LogprobOptions | None]:
         """Return the wanted logprobs of each prompt.

@@ -52,6 +52,8 @@ class SamplePlan(msgspec.Struct, frozen=True):
             the board is generated and not counted here: the sampler adds it.
         logprobs: None for none; otherwise how many top alternatives (0: the chosen token only).
         logprob_ids: ids whose logprob is wanted too.
+        generated: packed int32; under `params.grammar` every token generated so far, but one that
+            this plan reads from the board. Empty without a grammar.
     """
 
     params: SamplingParams
@@ -60,6 +62,7 @@ class SamplePlan(msgspec.Struct, frozen=True):
     history_counts: bytes = b""
     logprobs: int | None = None
     logprob_ids: tuple[int, ...] = ()
+    generated: bytes = b""
 
 
 class SequencePlan(msgspec.Struct, frozen=True):
@@ -136,11 +139,17 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class SampledToken(msgspec.Struct, frozen=True):
-    """A token sampled in a step, for the sequence in board slot `slot`."""
+    """A token sampled in a step, for the sequence in board slot `slot`.
+
+    Attributes:
+        failure: None, or why the sequence's grammar has no next token: the request ends, the token
+            means nothing.
+    """
 
     slot: int
     token: int
     logprobs: TokenLogprobs | None = None
+    failure: str | None = None
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):

@@ -28,7 +28,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             (seed, p) and its logits alone. Always set: the gate draws one where the client did not.
         stop: strings that end the text.
         stop_token_ids: ids that end the text, EOS ids excluded.
-        ignore_eos: do not stop at the model's EOS ids.
+        ignore_eos: do not stop at the model's EOS ids. Without effect under a grammar, which says
+            itself where an answer may end.
+        grammar: what the answer must follow, as a `grammar.protocol.GrammarBackend` prepared it; ""
+            for none.
     """
 
     max_new_tokens: int = 128
@@ -45,6 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: str = ""
 
     @property
     def greedy(self) -> bool:

@@ -93,12 +93,12 @@ class View:
         """Whether a run's next token may be computed by the group `mask` now.
 
         Its input is known, or lies on the board of the group that is sampling it: then the next
-        group must be that one, or a part of it on the same host. Penalties count every token but
-        the one on the board, so at most that one may be unknown.
+        group must be that one, or a part of it on the same host. Penalties and grammars are told
+        every token but the one on the board, so at most that one may be unknown.
         """
         if run.unknown == 0:
             return True
-        if not self.config.overlap or (run.unknown > 1 and run.sequence.history is not None):
+        if not self.config.overlap or (run.unknown > 1 and run.sequence.needs_history):
             return False
         return mask == run.mask or (self.parallel.nnodes == 1 and not mask & ~run.mask)
 
