@@ -27,7 +27,7 @@ from harness import ROOT, arguments, commit, machine
 from slow_wire_rank import Prefill
 
 sys.path.insert(0, str(ROOT))
-from test.kit.hosts import ADDRESSES, TwoHosts, available  # noqa: E402
+from test.kit.hosts import ADDRESSES, TwoHosts, available
 
 LAYERS = 8
 RUN_LAYERS = {2048: 2, 8192: 2, 16384: 2, 32768: 1}

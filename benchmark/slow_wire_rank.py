@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_model import SHAPES
 
+from make_model import SHAPES
 from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.config.model import ModelConfig, parse_model_config

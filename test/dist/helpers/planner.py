@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
 from sps_runtime.types.plan import (
     Placement,
     SamplePlan,
@@ -39,6 +40,7 @@ class Request:
         chunk: as in `Shape`, for this request alone.
         prefix_of: another request, whose whole pages of the common prefix are shared once they are
             acknowledged; not planned before.
+        attention: under csa, steps of the prompt end with superblocks, each on one rank.
         judge_from: first prompt position whose logprob is wanted, -1 for none.
     """
 
@@ -52,6 +54,7 @@ class Request:
     params: SamplingParams = GREEDY
     judge_from: int = -1
     logprobs: int | None = None
+    attention: AttentionSpec = EXACT
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     shared: int = 0
@@ -152,7 +155,8 @@ class Planner:
         pairs = zip(request.prompt[:-1], source.prompt, strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         common = min(len(request.prompt) - 1, len(source.prompt)) if same is None else same
-        request.shared = common // page_size
+        sparse = request.attention.sparse
+        request.shared = (sparse.align(common) if sparse else common) // page_size
         if source.committed < request.shared * page_size:
             return False
         request.pages = source.pages[: request.shared]
@@ -183,6 +187,11 @@ class Planner:
         chunk = self.shape.chunk if request.chunk is None else request.chunk
         count = min(chunk or request.length, request.length - start)
         end = start + count
+        sparse = request.attention.sparse
+        if sparse and start < end < len(request.prompt):
+            end = max(sparse.align(end), start + sparse.superblock_at(start))
+            end = min(end, len(request.prompt))
+            count = end - start
         self._deal(request, end, group)
         whole = end == request.length
         prefill = start < len(request.prompt)
@@ -201,9 +210,13 @@ class Planner:
             prompt_logprobs_from=request.judge_from if prefill else -1,
             next_token=request.prompt[end] if end < len(request.prompt) else -1,
             prompt_top=2,
+            attention=request.attention,
         )
 
     def _deal(self, request: Request, end: int, group: tuple[int, ...]) -> None:
+        if request.attention.sparse and request.computed < len(request.prompt):
+            self._deal_superblocks(request, request.attention.sparse, end, group)
+            return
         wanted = -(-end // self.shape.page_size) - len(request.pages)
         size = len(group)
         for index in range(wanted):
@@ -214,6 +227,15 @@ class Planner:
             else:
                 block = index * 2 * size // wanted
                 rank = group[min(block, 2 * size - 1 - block)]
+            request.pages.append(self.free[rank].pop())
+
+    def _deal_superblocks(
+        self, request: Request, sparse: SparseSettings, end: int, group: tuple[int, ...]
+    ) -> None:
+        """All new pages of a superblock to one rank."""
+        owners: dict[int, int] = {}
+        for position in range(len(request.pages) * self.shape.page_size, end, self.shape.page_size):
+            rank = owners.setdefault(sparse.align(position), self.rng.choice(group))
             request.pages.append(self.free[rank].pop())
 
     def acknowledge(self, epoch: int, results: list[StepResult]) -> None:
