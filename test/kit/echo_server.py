@@ -115,6 +115,7 @@ class EchoServer:
         context: int = 1000,
         seed: int = 0,
         zero_copy: bool = True,
+        no_sparse: str = "",
         parallel: dict[str, object] | None = None,
         cache: dict[str, object] | None = None,
         **config: object,
@@ -129,6 +130,7 @@ class EchoServer:
             self.parallel,
             ModelLimits(context, frozenset({EOS}), vocab),
             StepCosts(SHAPE, LinkCost(1e-5, 1e9, zero_copy), 1e9),
+            no_sparse,
         )
         memory = EchoMemory.allocate(sp, pages, page_size, board_slots(scheduler_config), tp)
         self.grammars = ToyGrammars(vocab, EOS)

@@ -86,6 +86,7 @@ def test_csa_and_exact_and_other_settings_share_no_page() -> None:
         ({"parallel": {"arch": "tp"}}, "heads"),
         ({"policy": "sarathi"}, "sarathi"),
         ({"csa_min_tokens": 31}, "shorter"),
+        ({"no_sparse": "no summaries"}, "summaries"),
         ({"page_size": 16}, "multiple"),
         ({"page_size": 3}, "multiple"),
         ({"pages": 1, "page_size": 4, "sp": 40}, "small"),

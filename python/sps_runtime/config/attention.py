@@ -18,7 +18,6 @@ ESTIMATORS = {
     "mean": "mean",
     "quest": "quest",
     "xattention": "xattention",
-    "vertical_slash": "vertical_slash",
     "null": "null",
     "oracle": "oracle",
 }

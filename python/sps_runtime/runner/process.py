@@ -126,10 +126,20 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         link=_measure_link(means),
         decode=_measure_decode(model, means, engine.parallel.arch),
         flops_per_s=measure_flops(model.layers[0].mlp.gate_up, dtype, _all_links(means), means.ops),
+        no_sparse=no_sparse(means),
         detail=detail,
     )
     logger.info("ready after %.1f s: %s", time.monotonic() - began, detail)
     return runner, ready
+
+
+def no_sparse(means: AttentionContext) -> str:
+    """Why a rank cannot choose pages; empty where it can."""
+    if means.sparse is None:
+        return "pages of this size, head or KV dtype have no summaries"
+    if len(set(means.hosts)) > 1:
+        return "sparse attention does not cross hosts"
+    return ""
 
 
 def _all_links(means: AttentionContext) -> GroupLinks:

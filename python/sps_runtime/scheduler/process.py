@@ -85,7 +85,9 @@ def make_scheduler(
         eos_ids=frozenset(model.eos_token_ids),
         vocab=model.vocab_size,
     )
-    return Scheduler(config.scheduler, config.cache, config.parallel, limits, costs)
+    refusals = (ready[rank].no_sparse for rank in sorted(ready))
+    no_sparse = next(filter(None, refusals), "")
+    return Scheduler(config.scheduler, config.cache, config.parallel, limits, costs, no_sparse)
 
 
 def measured_costs(

@@ -44,10 +44,13 @@ class ModelLimits:
     vocab: int
 
 
-def sparse_rules(view: View) -> SparseRules:
-    """What decides whether a request that asks for csa is computed so."""
+def sparse_rules(view: View, refusal: str) -> SparseRules:
+    """What decides whether a request that asks for csa is computed so.
+
+    Args:
+        refusal: why ranks cannot; empty where they can.
+    """
     config, cache, ranks = view.config, view.cache_config, view.parallel.sp_size
-    refusal = ""
     if view.parallel.arch == "tp":
         refusal = "attention is sharded over heads (sp-arch tp)"
     elif config.policy == "sarathi":
@@ -72,6 +75,9 @@ class Scheduler:
     The caller sends what `next_plans` returns to the ranks named in each plan's group, hands every
     `StepResult` to `on_result`, and passes on the tokens. Each accepted request gets exactly one
     message with `finish` set. After any call, `next_plans` may have more to send.
+
+    Args:
+        no_sparse: why ranks cannot run sparse attention; empty where they can.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Scheduler:
         parallel: ParallelConfig,
         limits: ModelLimits,
         costs: StepCosts,
+        no_sparse: str = "",
     ) -> None:
         self._limits = limits
         self._cache = PrefixCache(
@@ -97,7 +104,7 @@ class Scheduler:
         self._pipeline = Pipeline(self._cache, parallel.tp_size, config.max_steps_in_flight)
         self._planner = Planner(self._view)
         self._policy = make_policy(config.policy)
-        self._sparse_rules = sparse_rules(self._view)
+        self._sparse_rules = sparse_rules(self._view, no_sparse)
         self._figures = Figures()
         self._sequences: dict[str, Sequence] = {}
         self._run_of: dict[str, Run] = {}

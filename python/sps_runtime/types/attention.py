@@ -8,8 +8,8 @@ import msgspec
 
 
 class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Block-sparse attention ("csa"), as ADR 9 chose its defaults; every field is part of the
-    fidelity of pages written under it.
+    """Block-sparse attention ("csa"), as ADR 9 chose its defaults; every field but `decode` is part
+    of the fidelity of pages written under it.
 
     A *query block* is `block` tokens at a multiple of it (a page, where pages are longer). A
     *superblock* is a stretch of query blocks that choose from one set of the pages before it, so
@@ -69,10 +69,11 @@ class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def fidelity(self) -> str:
-        """A string equal for pages that may serve one another, ``exact`` for exact pages."""
+        """A string equal for pages that may serve one another, ``exact`` for exact pages. Under csa
+        only prompts' pages serve others, so decode is no part of it."""
         if self.sparse is None:
             return self.mode
-        names = self.sparse.__struct_fields__
+        names = (name for name in self.sparse.__struct_fields__ if name != "decode")
         return ",".join([self.mode, *(f"{name}={getattr(self.sparse, name)}" for name in names)])
 
 

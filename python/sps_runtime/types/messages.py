@@ -184,6 +184,7 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
         link: measured between the ranks, the same on all.
         decode: measured between the ranks, the same on all.
         flops_per_s: measured rate of this rank's products with many rows of a layer's weights.
+        no_sparse: why this rank cannot run sparse attention; empty where it can.
         detail: what serves this rank, for logs and `sps doctor` (kernels, dtype, threads).
     """
 
@@ -192,6 +193,7 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
     link: LinkCost = LinkCost()
     decode: DecodeCost = DecodeCost()
     flops_per_s: float = 0.0
+    no_sparse: str = ""
     detail: str = ""
 
 

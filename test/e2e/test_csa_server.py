@@ -1,0 +1,112 @@
+"""Sparse attention through the real processes: the embedded model on two CPU ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from test.kit.echo_http import EchoHttp
+
+SENTENCE = "The weather was fine and the streets of town {} were quiet that day. "
+DOCUMENT = "".join(SENTENCE.format(n) for n in range(260))
+CSA = {"mode": "csa", "budget": 0.25}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EchoHttp]:
+    flags = ["--sp-size", "2", "--csa-min-tokens", "2048", "--enable-metrics"]
+    with EchoHttp(Path("embedded"), *flags, device="cpu") as running:
+        running.wait_ready(60.0)
+        yield running
+
+
+def generate(server: EchoHttp, text: str, attention: Any, **fields: Any) -> httpx.Response:
+    sampling = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+    body = {"text": text, "sampling_params": sampling, "attention": attention, **fields}
+    return httpx.post(f"{server.url}/generate", json=body, timeout=60)
+
+
+def meta(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json()["meta_info"])
+
+
+def test_a_sparse_prompt_is_answered_with_its_figures(server: EchoHttp) -> None:
+    first = meta(generate(server, DOCUMENT, CSA))
+    report = first["attention"]
+    assert first["prompt_tokens"] > 3000
+    assert report["mode"] == "csa" and report["reason"] == ""
+    assert 0.05 < report["density"] < 0.6
+    assert 0 < report["union_share"] <= 1 and report["remote_bytes"] > 0
+    again = meta(generate(server, DOCUMENT, CSA))
+    assert again["cached_tokens"] == first["prompt_tokens"] // 1024 * 1024
+
+
+def test_exact_and_sparse_share_no_pages(server: EchoHttp) -> None:
+    text = "Another day. " + DOCUMENT
+    cached = [
+        meta(generate(server, text, attention))["cached_tokens"]
+        for attention in (CSA, None, {"mode": "csa", "budget": 0.5}, {"mode": "exact"}, CSA)
+    ]
+    assert cached[:3] == [0, 0, 0] and cached[3] > 3000 and cached[4] >= 3072
+
+
+def test_what_drops_nothing_answers_as_exact(server: EchoHttp) -> None:
+    text = "A third day. " + DOCUMENT
+    sparse = generate(server, text, {"mode": "csa", "tau": 0})
+    exact = generate(server, text, {"mode": "exact"})
+    assert meta(sparse)["attention"]["density"] == 1.0
+    assert sparse.json()["output_ids"] == exact.json()["output_ids"]
+
+
+def test_a_short_prompt_runs_exact_and_says_so(server: EchoHttp) -> None:
+    report = meta(generate(server, "Short.", CSA))["attention"]
+    assert report["mode"] == "exact" and "2048" in report["reason"]
+
+
+def test_a_bad_field_touches_nobody(server: EchoHttp) -> None:
+    answer = generate(server, DOCUMENT, {"mode": "csa", "tau": 3})
+    assert answer.status_code == 400 and "attention.tau" in answer.text
+    assert meta(generate(server, "Still here.", None))["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client(server: EchoHttp, stream: bool) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    answer = client.completions.create(
+        model="default",
+        prompt=DOCUMENT,
+        max_tokens=4,
+        stream=stream,
+        extra_body={"attention": CSA},
+    )
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    report = (choices[-1].model_extra or {})["sps_attention"]
+    assert report["mode"] == "csa" and report["density"] < 0.6
+
+
+def test_metrics(server: EchoHttp) -> None:
+    generate(server, DOCUMENT, CSA)
+    text = httpx.get(f"{server.url}/metrics").text
+    counts = [line for line in text.splitlines() if line.startswith("sps:csa_requests_total")]
+    assert any('ran="csa"' in line and float(line.split()[-1]) > 0 for line in counts)
+
+
+def test_what_is_measured_is_reported(server: EchoHttp) -> None:
+    report = meta(generate(server, "Measured. " + DOCUMENT, CSA))["attention"]
+    assert report["tau_samples"] > 0
+    assert 0 <= report["tau_mean"] <= report["tau_p95"] <= report["tau_max"] <= 1
+    assert 0 <= report["tau_last"] <= 1 and len(report["tau_worst"]) == 2
+
+
+def test_a_bound_that_no_choice_meets_makes_it_exact(server: EchoHttp) -> None:
+    attention = {**CSA, "max_tau": 0.001}
+    answer = generate(server, "A bound. " + DOCUMENT, attention)
+    report = meta(answer)["attention"]
+    assert report["fallbacks"] > 0 and report["density"] > 0.9
+    exact = generate(server, "A bound. " + DOCUMENT, None)
+    assert answer.json()["output_ids"] == exact.json()["output_ids"]
