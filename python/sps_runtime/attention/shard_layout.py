@@ -118,7 +118,7 @@ class ShardLayout:
         self.lengths = self.starts + self.counts
         self.pages = _page_table(plan, self.lengths, page_size, pages_per_rank)
         self.board_slots = tuple(s.slot for s in plan.sequences)
-        self.sparse = tuple(_sparse_prefill(s, self.placement) for s in plan.sequences)
+        self.sparse = tuple(_sparse_prefill(s, plan) for s in plan.sequences)
         self.ends = tuple(s.sample is not None for s in plan.sequences)
         self.summaries_from = tuple(s.summaries_from for s in plan.sequences)
         first_token = np.cumsum(self.counts) - self.counts
@@ -206,12 +206,14 @@ class ShardLayout:
         return Runs(sequence[row], row, count, position[row])
 
 
-def _sparse_prefill(sequence: SequencePlan, placement: Placement) -> SparseSettings | None:
+def _sparse_prefill(sequence: SequencePlan, plan: StepPlan) -> SparseSettings | None:
     """The settings of a sequence that a step prefills sparsely: such a step begins with a
     superblock. A superblock of one token reads all pages, whoever computes it, so that nobody need
-    tell it from a generated token."""
+    tell it from a generated token. Stride attention on one rank is exact."""
     sparse = sequence.attention.sparse
-    if sparse is None or placement != "sharded" or sequence.board_epoch >= 0:
+    if sparse is None or plan.placement != "sharded" or sequence.board_epoch >= 0:
+        return None
+    if sparse.estimator == "stride" and len(plan.group) == 1:
         return None
     alone = sequence.count == 1 or sequence.start != sparse.align(sequence.start)
     return None if alone else sparse

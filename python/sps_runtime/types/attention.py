@@ -27,6 +27,12 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         superblock: tokens, below position `wide_from`; twice as many from there.
         tail: what stands for dropped pages: their means, or nothing.
         decode: whether generated tokens read all pages or chosen ones.
+        stride, levels: of the estimator ``stride`` (CSPS as published), which chooses no pages: one
+            token in `stride` crosses the group. `levels` are inner ones, (ranks, stride) each, from
+            small to large: ranks that are near one another may exchange more.
+
+    Raises:
+        ValueError: a stride below 1, or levels that do not lie in one another.
     """
 
     estimator: str = "block"
@@ -42,6 +48,15 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wide_from: int = 32768
     tail: Literal["mean", "none"] = "mean"
     decode: Literal["exact", "sparse"] = "exact"
+    stride: int = 4
+    levels: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        inner = 1
+        for ranks, stride in (*self.levels, (0, self.stride)):
+            if stride < 1 or ranks % inner or (ranks and ranks <= inner):
+                raise ValueError("each level is a multiple of the one before, strides at least 1")
+            inner = ranks or inner
 
     def superblock_at(self, position: int) -> int:
         """Tokens of the superblock that holds a position."""

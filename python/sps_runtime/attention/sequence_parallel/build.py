@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.sequence_parallel.mixed import strided_sequences, with_stride
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.registry import resolve
@@ -65,6 +66,11 @@ def sequence_attention(
         ConnectionError: from a call, when a peer is gone or late.
         ValueError: from a call, when the plan reads a page that can neither be read nor be sent.
     """
-    factory = resolve("strategy", STRATEGIES, strategy_name(plan, layout))
-    attention: Callable[..., Tensor] = factory(StepState(layout, context))
-    return attention
+
+    def rest(plan: StepPlan, layout: ShardLayout) -> Callable[..., Tensor]:
+        factory = resolve("strategy", STRATEGIES, strategy_name(plan, layout))
+        attention: Callable[..., Tensor] = factory(StepState(layout, context))
+        return attention
+
+    strided = strided_sequences(layout)
+    return with_stride(plan, layout, context, strided, rest) if strided else rest(plan, layout)

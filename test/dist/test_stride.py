@@ -1,0 +1,190 @@
+"""Stride attention is what CSPS published: against one softmax over what its definition keeps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import pytest
+import torch
+from test.dist.step_case import LAYERS, SLOTS, StepCase
+from torch import Tensor
+
+from sps_runtime.attention.cpu import KernelBackend
+from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.types.attention import AttentionSpec, SparseSettings
+
+PAGE, DIM, B = 16, 16, 4
+
+
+def spec(stride: int, levels: tuple[tuple[int, int], ...] = ()) -> AttentionSpec:
+    """Superblocks of one token: a step may begin anywhere."""
+    settings = SparseSettings(estimator="stride", stride=stride, levels=levels, superblock=1)
+    return AttentionSpec("csa", settings)
+
+
+@dataclass
+class StrideCase(StepCase):
+    """A step whose sequences are computed as `specs` say (the last one also stands for the rest),
+    and its definition in plain torch: layer 0 runs exact where it has a window."""
+
+    specs: Sequence[AttentionSpec] = (spec(4),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        specs = [*self.specs, *[self.specs[-1]] * len(self.sequences)][: len(self.sequences)]
+        sequences = [
+            msgspec.structs.replace(sequence, attention=how)
+            for sequence, how in zip(self.plan.sequences, specs, strict=True)
+        ]
+        self.plan = msgspec.structs.replace(self.plan, sequences=tuple(sequences))
+        self.layout = ShardLayout(self.plan, page_size=self.page, pages_per_rank=SLOTS)
+
+    def truth(self, layer: int, window: int | None) -> Tensor:
+        if window is not None or len(self.group) == 1:
+            return super().truth(layer, window)
+        outs = []
+        for index, ((start, count), q, k, v) in enumerate(
+            zip(self.sequences, self.q, self.k, self.v, strict=True)
+        ):
+            keys, values = self._read(k[layer]), self._read(v[layer])
+            seen = torch.stack([self._seen(index, kv, start, count) for kv in range(self.kv_heads)])
+            seen = seen.repeat_interleave(self.heads // self.kv_heads, 0)
+            group = self.heads // self.kv_heads
+            keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+            score = torch.einsum("thd,shd->hts", q[layer].double(), keys.double()) * self.dim**-0.5
+            weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
+            outs.append(torch.einsum("hts,shd->thd", weight, values.double()).float())
+        return torch.cat(outs)
+
+    def _seen(self, index: int, kv_head: int, start: int, count: int) -> Tensor:
+        """Which keys each new token's head sees: bool ``[new tokens, tokens]``."""
+        queries, keys = torch.arange(start, start + count), torch.arange(start + count)
+        causal = keys[None] <= queries[:, None]
+        settings = self.plan.sequences[index].attention.sparse
+        if settings is None or count == 1:
+            return causal
+        owners = torch.tensor(self.page_lists[index])[keys // self.page] // SLOTS
+        member = torch.full((self.sp,), -1)
+        member[list(self.group)] = torch.arange(len(self.group))
+        at = member[owners]
+        seen = at[None] == at[start:, None]
+        inner = 1
+        levels = [pair for pair in settings.levels if 1 < pair[0] < len(self.group)]
+        for ranks, stride in [*levels, (len(self.group), settings.stride)]:
+            top = ranks == len(self.group)
+            together = (at[None] // ranks == at[start:, None] // ranks) | (top & (at < 0))[None]
+            below = (at[None] // inner == at[start:, None] // inner) & (at >= 0)[None]
+            phase = kv_head % stride
+            kept = (keys % stride == phase)[None] & (queries % stride == phase)[:, None]
+            seen |= together & ~below & kept
+            inner = ranks
+        return seen & causal
+
+
+RAGGED = [(0, 37), (50, 30), (16, 1), (0, 131), (33, 64), (130, 3)]
+HEADS = [(2, 2), (4, 4), (4, 2), (8, 4), (8, 2), (4, 1), (16, 8)]
+LAYS = ("contiguous", "zigzag", "random")
+HOSTS = {"here": lambda sp: (0,) * sp, "apart": lambda sp: tuple(range(sp)),
+         "mixed": lambda sp: tuple(rank // 2 for rank in range(sp))}  # fmt: skip
+
+
+@pytest.mark.parametrize("sp", [2, 3, 4])
+@pytest.mark.parametrize("hosts", HOSTS)
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_it_is_what_its_definition_says(sp: int, hosts: str, stride: int) -> None:
+    draw = random.Random(f"{sp} {hosts} {stride}")
+    for lay in LAYS:
+        for heads, kv_heads in draw.sample(HEADS, 3):
+            StrideCase(
+                draw.sample(RAGGED, draw.randint(1, 3)), sp=sp, heads=heads, kv_heads=kv_heads,
+                lay=lay, hosts=HOSTS[hosts](sp), specs=[spec(stride)], seed=draw.randrange(2**31),
+                window=draw.choice([None, 20]),
+            ).run()  # fmt: skip
+
+
+@pytest.mark.parametrize("sp", [2, 4])
+@pytest.mark.parametrize("hosts", ["here", "apart"])
+def test_stride_one_is_exact(sp: int, hosts: str) -> None:
+    for heads, kv_heads in HEADS:
+        case = StrideCase(RAGGED[:4], sp=sp, heads=heads, kv_heads=kv_heads, specs=[spec(1)],
+                          hosts=HOSTS[hosts](sp))  # fmt: skip
+        case.truth = lambda layer, window, case=case: StepCase.truth(case, layer, window)
+        case.run()
+
+
+def test_a_group_of_one_is_exact() -> None:
+    StrideCase(RAGGED, sp=3, group=(1,), lay="outside", specs=[spec(4)]).run()
+
+
+@pytest.mark.parametrize("hosts", ["here", "apart"])
+@pytest.mark.parametrize("levels", [((2, 2),), ((2, 4),), ((2, 1), (4, 8))])
+@pytest.mark.parametrize("sp", [3, 6])
+def test_levels_lie_in_one_another(hosts: str, levels: tuple, sp: int) -> None:
+    for lay in LAYS:
+        StrideCase(RAGGED[3:], sp=sp, heads=8, kv_heads=4, lay=lay, hosts=HOSTS[hosts](sp),
+                   specs=[spec(8, levels)], seed=sp).run()  # fmt: skip
+
+
+def test_levels_that_do_not_are_refused() -> None:
+    for levels in (((2, 4), (3, 4)), ((4, 2), (2, 4)), ((2, 0),), ((1, 2),)):
+        with pytest.raises(ValueError, match="multiple of the one before"):
+            spec(4, levels)
+
+
+def test_pages_outside_of_the_group_are_kept_by_stride_as_well() -> None:
+    for group in ((0, 2), (1, 2, 3)):
+        StrideCase([(50, 30), (33, 64)], sp=4, group=group, lay="outside", specs=[spec(4)]).run()
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q", "ulysses"])
+def test_a_step_may_mix_strides_and_exact_sequences(strategy: str) -> None:
+    for hosts in ((0, 0, 0), (0, 1, 2)):
+        StrideCase(
+            [(0, 70), (20, 41), (0, 64), (90, 1), (40, 30)], strategy=strategy, sp=3, hosts=hosts,
+            specs=[spec(4), AttentionSpec(), spec(2), spec(4), spec(4)], window=20,
+        ).run()  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8_e4m3"])
+def test_quantised_pages(kv_format: str) -> None:
+    for hosts in ((0, 0), (0, 1)):
+        StrideCase(RAGGED[2:4], sp=2, hosts=hosts, kv_format=kv_format).run()
+
+
+def test_the_kernels_agree() -> None:
+    package = pytest.importorskip("sps_kernel")
+    for lay in LAYS:
+        for dtype in (torch.float32, torch.bfloat16):
+            StrideCase([(0, 331), (64, 70)], sp=4, heads=8, kv_heads=4, lay=lay, page=64,
+                       backend=KernelBackend(package), dtype=dtype).run()  # fmt: skip
+
+
+def test_a_stride_that_does_not_divide_pages_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        StrideCase([(0, 64)], specs=[spec(3)]).run()
+
+
+@pytest.mark.parametrize("hosts", ["here", "apart"])
+@pytest.mark.parametrize(("sp", "kv_heads"), [(2, 4), (4, 4), (4, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_one_in_s_of_queries_keys_values_and_outputs_crosses(
+    hosts: str, sp: int, kv_heads: int, stride: int
+) -> None:
+    heads, length = 8, 2 * sp * PAGE
+    case = StrideCase([(0, length)], sp=sp, heads=heads, kv_heads=kv_heads, lay="contiguous",
+                      page=PAGE, dim=DIM, hosts=HOSTS[hosts](sp), specs=[spec(stride)])  # fmt: skip
+    traffic = case.run()
+    share = length // stride * (sp - 1) / sp
+    keys = share * 2 * max(kv_heads, sp) * DIM * B
+    queries = share * heads * (2 * DIM * B + 4)
+    assert sum(t.attention_bytes for t in traffic) == LAYERS * (queries + keys)
+    physical = sum(t.physical_bytes for t in traffic)
+    assert physical == LAYERS * (queries + keys * (hosts == "apart"))
+
+
+def test_a_sequence_on_one_rank_sends_nothing() -> None:
+    traffic = StrideCase([(0, 64), (30, 20)], sp=3, lay="one").run()
+    assert sum(t.attention_bytes for t in traffic) == 0
