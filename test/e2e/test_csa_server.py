@@ -18,7 +18,7 @@ CSA = {"mode": "csa", "budget": 0.25}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[EchoHttp]:
-    flags = ["--sp-size", "2", "--csa-min-tokens", "2048", "--enable-metrics"]
+    flags = ["--sp-size", "2", "--csa-min-tokens", "2048", "--enable-metrics", "--dtype", "float32"]
     with EchoHttp(Path("embedded"), *flags, device="cpu") as running:
         running.wait_ready(60.0)
         yield running
