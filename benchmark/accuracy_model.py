@@ -62,14 +62,15 @@ class PagedModel:
         counted: Counted,
         chunk: int = 4096,
     ) -> Tensor:
-        """Hidden states of the last chunk's tokens ``[tokens, hidden]``; earlier ones fill the
+        """Hidden states of the last two chunks' tokens ``[tokens, hidden]``; earlier ones fill the
         store. Under a sparse setup `start` begins a superblock, which is then the chunk."""
         step = chunk if setup.estimator == "dense" else max(setup.settings.superblock, 1024)
-        hidden = torch.empty(0)
+        hidden: list[Tensor] = []
         for first in range(start - start % step, len(ids), step):
             begin, end = max(start, first), min(first + step, len(ids))
-            hidden = self._chunk(ids[begin:end], begin, store, setup, counted, end == len(ids))
-        return hidden
+            found = self._chunk(ids[begin:end], begin, store, setup, counted, end == len(ids))
+            hidden = [*hidden[-1:], found]
+        return torch.cat(hidden)
 
     def _chunk(
         self,

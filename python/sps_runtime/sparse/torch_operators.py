@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.sparse import blob
-from sps_runtime.sparse.estimators.protocol import Estimator
+from sps_runtime.sparse.estimators.protocol import Estimator, ProbingEstimator
 from sps_runtime.sparse.estimators.registry import estimator, whole_blocks
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
 from sps_runtime.sparse.reference import Block, choose, own_block
@@ -66,7 +66,8 @@ class TorchOperators:
             ids = queries.page_ids[first.entry : first.entry + superblock[-1].stop(summaries)]
             known = pages.summaries(ids[: superblock[-1].before(summaries)])
             blocks = [each.block(q_KGTD, ids, pages, wide.block) for each in superblock]
-            for each, kept in zip(superblock, choose(blocks, known, found, wide), strict=True):
+            use = _probed(found, blocks[-1], pages, ids)
+            for each, kept in zip(superblock, choose(blocks, known, use, wide), strict=True):
                 chosen.add(each, kept, ids)
         return chosen.done()
 
@@ -108,6 +109,15 @@ def gather(pools: Sequence[Tensor], slots_per_rank: int, ids: Tensor) -> Tensor:
         mine = ranks == rank
         out[mine] = pools[rank][slots[mine]]
     return out
+
+
+def _probed(found: Estimator, last: Block, pages: _Pages, ids: Tensor) -> Estimator:
+    """The estimator for a superblock that ends with `last`, of pages `ids`."""
+    if not isinstance(found, ProbingEstimator):
+        return found
+    size, tokens = pages.pool.page_size, last.start + last.q_KGTD.shape[2]
+    counts = (tokens - torch.arange(len(ids)) * size).clamp(max=size)
+    return found.probed(last.q_KGTD, pages.keys(ids), counts)
 
 
 @dataclass(frozen=True)

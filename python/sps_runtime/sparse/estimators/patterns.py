@@ -33,15 +33,21 @@ class Antidiagonal:
         return tiles.logsumexp(-1) + math.log(s)
 
 
+_OUTSIDE = 1e2
+"""A log mass beside which that of a block's own page is nothing: shares are then of what is
+attended to outside of it."""
+
+
 @dataclass(frozen=True)
 class Nothing:
-    """No page is worth anything, so that only those are kept that always are, or to make up the
-    least number (the first ones): what a task loses without any choice."""
+    """The later a page, the better, whatever is asked: the sink and a window as wide as the budget
+    (StreamingLLM's pattern, Xiao et al. 2024). What a task loses without any choice."""
 
     needs: frozenset[str] = frozenset()
 
     def log_mass(self, q_KGRD: Tensor, pages: PageSummaries) -> Tensor:
-        return q_KGRD.new_full((*q_KGRD.shape[:3], pages.pages), -torch.inf)
+        later = torch.arange(1, pages.pages + 1, dtype=q_KGRD.dtype).log() + _OUTSIDE
+        return later.expand(*q_KGRD.shape[:3], pages.pages)
 
 
 @dataclass(frozen=True)
@@ -80,4 +86,18 @@ class VerticalSlash:
         share = self.vertical_KN[:, :n]
         if self.slashes:
             share = share + self.slash_KN[:, 1 : n + 1].flip(-1)
-        return share.clamp_min(1e-12).log()[:, None, None].expand(shape)
+        return (share.clamp_min(1e-12).log() + _OUTSIDE)[:, None, None].expand(shape)
+
+
+@dataclass(frozen=True)
+class LastBlockPattern:
+    """`VerticalSlash` of the last block of each superblock."""
+
+    needs: frozenset[str] = frozenset()
+
+    def probed(self, q_KGRD: Tensor, k_NKBD: Tensor, counts_N: Tensor) -> VerticalSlash:
+        return VerticalSlash.probe(q_KGRD, k_NKBD, counts_N)
+
+    def log_mass(self, q_KGRD: Tensor, pages: PageSummaries) -> Tensor:
+        """Before any probe all pages are alike."""
+        return torch.zeros(*q_KGRD.shape[:3], pages.pages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,5 +29,20 @@ class Estimator(Protocol):
         Returns:
             fp32 ``[kv_heads, group, rows, pages]``, natural log. Fewer rows, a divisor, when each
             speaks for several in sequence.
+        """
+        ...
+
+
+@runtime_checkable
+class ProbingEstimator(Estimator, Protocol):
+    """One that looks at what a superblock's last block attends to before it judges the others."""
+
+    def probed(self, q_KGRD: Tensor, k_NKBD: Tensor, counts_N: Tensor) -> Estimator:
+        """What judges the superblock's blocks.
+
+        Args:
+            q_KGRD: fp32, scaled, all rows of the superblock's last block.
+            k_NKBD: fp32 ``[pages, kv_heads, page_size, head_dim]`` of the sequence up to its end.
+            counts_N: tokens in each page.
         """
         ...

@@ -24,6 +24,7 @@ ESTIMATORS = {
     "mean": f"{_HERE}.moments:MeanKey",
     "quest": f"{_HERE}.bounds:MinMax",
     "xattention": f"{_HERE}.patterns:Antidiagonal",
+    "vertical_slash": f"{_HERE}.patterns:LastBlockPattern",
     "oracle": f"{_HERE}.bounds:ExactMass",
     "null": f"{_HERE}.patterns:Nothing",
 }
