@@ -82,6 +82,8 @@ class SparseCase:
     backend: AttentionBackend = field(default_factory=TorchBackend)
     operators: SparseOperators = field(default_factory=TorchOperators)
     summaries_from_start: bool = False
+    groups: tuple[tuple[int, ...], ...] = ()
+    """SP ranks of each step; all of them unless told."""
     given: tuple[Tensor, Tensor, Tensor] | None = None
     """q, k, v ``[layers, tokens, heads, dim]`` of the only prompt; random ones unless told."""
 
@@ -107,9 +109,13 @@ class SparseCase:
         ids = []
         for position in range(0, prompt.tokens, self.page):
             unit = sparse.align(position)
-            rank = owner.setdefault(unit, int(rng.integers(self.sp)))
+            step = sum(position >= cut for cut in prompt.cuts)
+            rank = owner.setdefault(unit, int(rng.choice(self.group(step))))
             ids.append(rank * SLOTS + int(free[rank].pop()))
         return ids
+
+    def group(self, step: int) -> tuple[int, ...]:
+        return self.groups[step] if self.groups else tuple(range(self.sp))
 
     def plans(self) -> list[StepPlan]:
         steps = max(len(p.spans()) for p in self.prompts)
@@ -131,7 +137,7 @@ class SparseCase:
                     summaries_from=start if self.summaries_from_start else 0,
                 )  # fmt: skip
             )
-        return StepPlan(step + 1, tuple(range(self.sp)), tuple(sequences))
+        return StepPlan(step + 1, self.group(step), tuple(sequences))
 
     # -- the ranks
 
@@ -175,6 +181,8 @@ class SparseCase:
     def _rank(self, context: AttentionContext, watched: Watched, outs: list[Tensor]) -> _Rank:
         found = _Rank([], 0, {})
         for plan in self.plans():
+            if context.mesh.sp_rank not in plan.group:
+                continue
             layout = ShardLayout(plan, page_size=self.page, pages_per_rank=SLOTS)
             member = layout.member(context.mesh.sp_rank)
             attend = sequence_attention(plan, layout, context)

@@ -60,6 +60,14 @@ def test_choices_depend_on_neither_ranks_nor_chunks(
     assert_reference(case, case.run())
 
 
+@pytest.mark.parametrize("groups", [((0, 1), (2,), (1, 3)), ((3,), (0, 2), (2,))])
+def test_pages_of_earlier_groups_are_read_in_place(groups: tuple[tuple[int, ...], ...]) -> None:
+    case = SparseCase([Prompt(485, (128, 384))], sp=4, groups=groups, data=13)
+    found = case.run()
+    assert_reference(case, found)
+    assert found.attention_bytes == found.counters[0].remote_bytes > 0
+
+
 @pytest.mark.parametrize("tail", ["mean", "none"])
 def test_mixed_steps(tail: str) -> None:
     """Sparse prompts of two kinds beside exact ones, some of which end sooner."""
@@ -113,7 +121,7 @@ def test_layers_with_a_window_read_all_of_it() -> None:
 @pytest.mark.parametrize("deal", range(3))
 def test_bytes_are_counted(deal: int, from_start: bool) -> None:
     """From what each block read, by hand: every (page, KV head) of another rank once a step and
-    layer, what an audit read besides, and every summary that comes in this step."""
+    layer, every summary that comes in this step, and rows that are measured at other ranks."""
     case = SparseCase(
         [Prompt(485, (64, 256))], sp=4, deal=deal, data=9, summaries_from_start=from_start
     )
@@ -122,7 +130,7 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
     fetched: set[tuple[int, ...]] = set()
     summaries: set[tuple[int, ...]] = set()
     remote: set[tuple[int, ...]] = set()
-    audited: set[tuple[int, ...]] = set()
+    routed = 0
     asked = {record[:3] for record in RECORD.iter_unpack(found.counters[0].audits)}
     pairs = causal = 0
     for (layer, _, position, head), pages in found.read.items():
@@ -138,7 +146,10 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
             if owner[p // 16] != reader
         }
         remote |= ahead
-        audited |= ahead if (layer, head, position) in asked else set()
+        if (layer, head, position) in asked:
+            rows = min(16 if position == 480 else 8, 485 - position)
+            owners = {owner[p // 16] for p in range(0, position, 16)} - {reader}
+            routed += len(owners) * rows * 2 * (4 * case.dim + 4)
         summaries |= {unit for unit in ahead if unit[3] >= known}
         pairs += len(pages)
         causal += -(-min(position + 32, 485) // 16)
@@ -147,7 +158,8 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
     assert (counters.fetched_units, counters.remote_units) == (len(fetched), len(remote))
     page_bytes = 2 * 16 * case.dim * 4
     nbytes = case.operators.summary_nbytes(16, case.dim, 4)
-    assert counters.remote_bytes == len(fetched | audited) * page_bytes + len(summaries) * nbytes
+    read = len(fetched) * page_bytes + len(summaries) * nbytes
+    assert routed and counters.remote_bytes == read + routed
     assert found.attention_bytes == counters.remote_bytes
     assert 0 < len(fetched) < len(remote)
 

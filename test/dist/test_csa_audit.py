@@ -12,7 +12,8 @@ from benchmark.gate_capture import EmbeddedModel
 from test.dist.sparse_case import LAYERS, SETTINGS, Outcome, Prompt, SparseCase
 from torch import Tensor
 
-from sps_runtime.attention.sparse_audit import SHARE, spread
+from sps_runtime.attention.sparse_audit import spread
+from sps_runtime.attention.sparse_samples import LAST_ROWS, ROWS, SHARE
 from sps_runtime.ops import reference
 from sps_runtime.sparse.audit import RECORD, audit, sampled
 from sps_runtime.sparse.estimators.bounds import SketchedKeys
@@ -67,7 +68,7 @@ class Truth:
         return dropped_mass(block.q_KGTD, block.own[1], before, kept_KN)
 
 
-@pytest.mark.parametrize("sp", [1, 2])
+@pytest.mark.parametrize("sp", [1, 2, 4])
 @pytest.mark.parametrize("cuts", [(), (128, 256)])
 def test_a_sample_is_measured(sp: int, cuts: tuple[int, ...]) -> None:
     case = SparseCase([Prompt(1210, cuts)], sp=sp, data=2)
@@ -88,6 +89,9 @@ def test_a_sample_is_measured(sp: int, cuts: tuple[int, ...]) -> None:
             index = (position - begin) // 32
             block = truth.superblock(begin, SETTINGS)[index]
             taus = truth.taus(block, truth.choose(begin, SETTINGS)[index])[head]
+            rows = block.q_KGTD.shape[2]
+            count = min(LAST_ROWS if position == last else ROWS, rows)
+            taus = taus[:, torch.arange(1, count + 1) * rows // count - 1]
             mean, most = found[layer, head, position]
             assert math.isclose(mean, float(taus.mean()), abs_tol=1e-4)
             assert math.isclose(most, float(taus.max()), abs_tol=1e-4)

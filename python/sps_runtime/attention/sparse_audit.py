@@ -1,4 +1,4 @@
-"""Measuring what a choice of pages dropped: exact weights of some rows beside the chosen ones'.
+"""Measuring what a superblock dropped: exact weights of some rows beside the chosen ones'.
 
 A row's dropped mass is 1 - exp(lse of what it read - lse of all it may see). Which rows are asked
 depends on the layer, the KV head and the block's place alone, so on no rank and no chunk.
@@ -18,22 +18,18 @@ from sps_runtime.attention.backend import AttentionBackend, PageLists, PagePool
 from sps_runtime.attention.page_reads import ranges
 from sps_runtime.attention.shard_layout import Ints, ShardLayout
 from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks
-from sps_runtime.sparse.audit import sampled
 
-SHARE = 0.015
-"""Of (layer, query block, KV head), where nothing depends on it; all heads of a prompt's end."""
 ROWS = 64
-"""Of a superblock, where what is dropped must be bounded: without any loss among so many, the mean
-dropped mass is below 0.046 with 95% confidence."""
-_SEED = 0
+"""Of a superblock: without any loss among so many, the mean dropped mass is below 0.046 with 95%
+confidence."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Audited rows of one query block or superblock, and the KV heads that they are asked for.
+    """Audited rows of one superblock, and the KV heads that they are asked for.
 
     Attributes:
-        position: of the block's or superblock's first token.
+        position: of the superblock's first token.
         sequence: index in the plan.
         heads: KV heads of this rank.
         rows: where they stand among an `Audit`'s rows.
@@ -86,36 +82,6 @@ class Audit:
         return (1 - torch.exp(kept - lse_RH[probe.rows, heads])).clamp(0.0, 1.0)
 
 
-def sample_blocks(
-    layout: ShardLayout, blocks: SparseBlocks, layer: int, first_head: int, kv_heads: int
-) -> Audit:
-    """Some query blocks, all rows of each, to be measured whatever comes of it.
-
-    Args:
-        first_head: what this rank's first KV head is in the model.
-    """
-    probes, items, rows, at = [], [], [], 0
-    for block, fields in enumerate(blocks.queries.blocks.tolist()):
-        row, count, position, _, entry, kv_len = fields
-        sequence = int(blocks.sequences[block])
-        last = layout.ends[sequence] and position + count == kv_len
-        heads = tuple(
-            head
-            for head in range(kv_heads)
-            if last or sampled(_SEED, layer, first_head + head, position, SHARE)
-        )
-        if not heads or not position:
-            continue
-        pages = -(-(position + count) // layout.page_size)
-        items += [(at, count, position, entry, pages, kv_len, head, 1) for head in heads]
-        rows.append(np.arange(row, row + count))
-        probes.append(
-            Probe(position, sequence, heads, slice(at, at + count), slice(block, block + 1))
-        )
-        at += count
-    return _audit(layout, blocks, probes, rows, [items], kv_heads)
-
-
 def sample_superblocks(
     layout: ShardLayout, blocks: SparseBlocks, layer: int, kv_heads: int
 ) -> Audit:
@@ -149,7 +115,7 @@ def sample_superblocks(
 def spread(tokens: int, layer: int, position: int) -> Ints:
     """Evenly spaced offsets into a superblock, from a place that its own depends on."""
     count = min(ROWS, tokens)
-    name = f"{_SEED}/{layer}/{position}".encode()
+    name = f"{layer}/{position}".encode()
     drawn = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2.0**64
     spread: Ints = ((np.arange(count) + drawn) * tokens / count).astype(np.int64)
     return spread

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 RECORD = struct.Struct("<HHIff")
 """One audited query block, as `SparseCounters.audits` holds them end to end (`iter_unpack`): layer,
 KV head of the model, first position of the block, then the measured dropped mass of its audited
 rows, in [0, 1]: its mean over rows and query heads, and its largest."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,21 @@ def _divergence(p: float, q: float) -> float:
 
 def sampled(seed: int, layer: int, head: int, block: int, share: float) -> bool:
     """Whether a query block is audited: the same on every rank, in every chunking."""
-    name = f"{seed}/{layer}/{head}/{block}".encode()
-    drawn = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-    return drawn < share * 2.0**64
+    names = (np.array([part]) for part in (layer, head, block))
+    return bool(sampled_blocks(seed, *names, share)[0])
+
+
+def sampled_blocks(seed: int, layers: Ints, heads: Ints, blocks: Ints, share: float) -> Mask:
+    """`sampled` of arrays that broadcast against one another."""
+    name = np.array([seed], dtype=np.uint64)
+    for part in (layers, heads, blocks):
+        name = _mix((name + part.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+    drawn: Mask = name < share * 2.0**64
+    return drawn
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Well spread 64-bit numbers (splitmix64, Steele et al. 2014); products wrap."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

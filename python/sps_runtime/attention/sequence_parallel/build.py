@@ -45,7 +45,8 @@ class Counted(Protocol):
 
 
 def sparse_counters(attention: object) -> tuple[SparseCounters, ...]:
-    """What a step's attention has to say of its sparse sequences, once all layers have run."""
+    """What a step's attention has to say of its sparse sequences, once all layers have run; every
+    rank of the group asks, because a sample is measured by the owners of its pages."""
     return attention.counters() if isinstance(attention, Counted) else ()
 
 

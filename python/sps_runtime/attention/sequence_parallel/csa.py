@@ -15,9 +15,11 @@ from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import needed
 from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
+from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.sparse_blocks import (
+    SparseBlocks,
     alone_pages,
     new_pages,
     sparse_blocks,
@@ -42,7 +44,8 @@ class SparsePassKV:
         self._operators = context.sparse.operators
         split = [split_runs(layout, member) for member in range(step.size)]
         mine, self._exact = split[step.me][0], [exact for _, exact in split]
-        self._blocks = sparse_blocks(layout, mine)
+        found = [sparse_blocks(layout, sparse) for sparse, _ in split]
+        self._blocks = found[step.me]
         owners, sp_rank = layout.pages.owners, context.mesh.sp_rank
         written = layout.pages.ids[new_pages(layout, sp_rank)] % context.store.shape.slots
         self._written = torch.from_numpy(written)
@@ -55,10 +58,13 @@ class SparsePassKV:
             if member != step.me and (need & (owners == rank)).any()
         )
         self._counts = SparseCounts(step, need, alone_pages(layout, self._exact[step.me]))
+        self._measure = SparseMeasure(step, self._counts, found)
         self._reads: dict[int | None, KVReads] = {}
 
     def counters(self) -> tuple[SparseCounters, ...]:
-        """What was read so far for each sparse sequence of this rank."""
+        """What was read for each sparse sequence of this rank, once all layers have run; a
+        collective call."""
+        self._measure.finish()
         return self._counts.of_sequences()
 
     def __call__(
@@ -81,13 +87,20 @@ class SparsePassKV:
         if window is None:
             step.wait(layer, self._waits)
             self._counts.begin_layer()
+            self._measure.begin_layer(layer, q_THD, scale)
             for blocks in self._blocks:
-                rows = SparseRows(step, self._operators, self._counts, layer, q_THD, blocks, scale)
-                partials += rows.partials()
+                partials += self._sparse_rows(layer, q_THD, blocks, scale)
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         if len(out_THD):
             step.context.backend.merge(partials, out_THD)
         return out_THD
+
+    def _sparse_rows(
+        self, layer: int, q_THD: Tensor, blocks: SparseBlocks, scale: float
+    ) -> list[Partial]:
+        return SparseRows(
+            self._step, self._operators, self._counts, self._measure, layer, q_THD, blocks, scale
+        ).partials()
 
     def _summarise(self, layer: int) -> None:
         sparse, own = self._step.context.sparse, self._step.context.store.own

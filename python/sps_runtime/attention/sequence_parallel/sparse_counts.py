@@ -73,6 +73,15 @@ class SparseCounts:
         """Superblocks and heads of these sequences, one each, read all their pages."""
         np.add.at(self._sums["fallbacks"], sequences, 1)
 
+    def route(self, sequence: int, nbytes: int) -> None:
+        """Bytes that an exchange of the group sent for a sequence, and counted as traffic."""
+        self._sums["bytes"][sequence] += nbytes
+
+    def read_in_place(self, sequence: int, pages: int) -> None:
+        """Pages of one KV head that an audit read on ranks outside of the group."""
+        self.route(sequence, pages * self._page_bytes)
+        self._step.context.traffic.attention_bytes += pages * self._page_bytes
+
     def record(
         self, sequence: int, layer: int, head: int, position: int, mean: float, most: float
     ) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, Partial
 from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
+from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
-from sps_runtime.attention.sparse_audit import Audit, Probe, sample_blocks, sample_superblocks
-from sps_runtime.attention.sparse_blocks import SparseBlocks, wanted_pages
+from sps_runtime.attention.sparse_audit import Audit, Probe, sample_superblocks
+from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks, wanted_pages
 from sps_runtime.attention.sparse_choice import (
     all_pages,
     page_lists,
@@ -45,13 +46,15 @@ class SparseRows:
         step: StepState,
         operators: SparseOperators,
         counts: SparseCounts,
+        measure: SparseMeasure,
         layer: int,
         q_THD: Tensor,
         blocks: SparseBlocks,
         scale: float,
     ) -> None:
         context = step.context
-        self._step, self._operators, self._counts = step, operators, counts
+        self._step, self._operators = step, operators
+        self._counts, self._measure = counts, measure
         self._layer, self._blocks = layer, blocks
         self._q_THD, self._scale = q_THD, scale
         self._pool, self._summaries = context.pages(layer), context.summaries(layer)
@@ -68,8 +71,9 @@ class SparseRows:
             chosen, audited = self._hold(chosen, kept)
             wanted |= self._wanted(chosen)
         else:
-            audited = self._measure(kept)
-        self._counts.add(blocks, chosen, wanted, audited.pages)
+            audited = np.zeros_like(wanted)
+            self._measure.keep(self._layer, blocks, self._q_THD, kept.lse)
+        self._counts.add(blocks, chosen, wanted, audited)
         if settings.tail == "none" or not len(chosen.dropped_ids):
             return [kept]
         tail = self._operators.tail(
@@ -82,7 +86,7 @@ class SparseRows:
             self._q_THD, queries, self._pool.k, self._summaries, settings, self._scale
         )
 
-    def _wanted(self, chosen: Chosen) -> np.ndarray:
+    def _wanted(self, chosen: Chosen) -> Mask:
         return wanted_pages(self._step.layout, self._blocks, chosen, self._kv_heads)
 
     def _attend(self, lists: PageLists) -> Partial:
@@ -93,20 +97,7 @@ class SparseRows:
         backend = self._step.context.backend
         return found.weigh(self._q_THD, self._pool, backend, self._scale)
 
-    def _measure(self, kept: Partial) -> Audit:
-        """Measure a sample, and leave it at that."""
-        first_head = self._step.context.mesh.tp_rank * self._kv_heads
-        found = sample_blocks(
-            self._step.layout, self._blocks, self._layer, first_head, self._kv_heads
-        )
-        if found.probes:
-            lse_RH = self._weigh(found)
-            for probe in found.probes:
-                for head in probe.heads:
-                    self._record(probe, head, found.dropped(probe, head, lse_RH, kept.lse))
-        return found
-
-    def _hold(self, chosen: Chosen, kept: Partial) -> tuple[Chosen, Audit]:
+    def _hold(self, chosen: Chosen, kept: Partial) -> tuple[Chosen, Mask]:
         """Measure every superblock, and widen what loses too much; `kept` is changed in place."""
         settings = self._blocks.settings
         found = sample_superblocks(self._step.layout, self._blocks, self._layer, self._kv_heads)
@@ -126,7 +117,7 @@ class SparseRows:
             self._counts.fall_back([probe.sequence for probe, _ in lost])
         for probe, head in places:
             self._record(probe, head, found.dropped(probe, head, lse_RH, kept.lse))
-        return chosen, found
+        return chosen, found.pages
 
     def _above(
         self, found: Audit, lse_RH: Tensor, chosen: Chosen, kept: Partial, places: Places
