@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -157,6 +158,7 @@ class SparseCase:
         world = ThreadWorld(world_size, timeout_s=30)
         fences = ThreadFences(world_size, LAYERS, timeout_s=30)
         outs = [torch.full_like(q, torch.nan) for q in self.q]
+        self.committed = threading.Barrier(world_size)
 
         def work(rank: int) -> _Rank:
             traffic, mesh = Traffic(), Mesh(self.sp, self.tp, rank)
@@ -181,6 +183,8 @@ class SparseCase:
     def _rank(self, context: AttentionContext, watched: Watched, outs: list[Tensor]) -> _Rank:
         found = _Rank([], 0, {})
         for plan in self.plans():
+            if self.groups:
+                self.committed.wait(30)  # pages outside of a group are read once acknowledged
             if context.mesh.sp_rank not in plan.group:
                 continue
             layout = ShardLayout(plan, page_size=self.page, pages_per_rank=SLOTS)
