@@ -12,9 +12,12 @@ import torch
 from test.dist.step_case import LAYERS, SLOTS, StepCase
 from torch import Tensor
 
+from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.cpu import KernelBackend
+from sps_runtime.attention.sequence_parallel.build import sequence_attention, sparse_counters
 from sps_runtime.attention.shard_layout import ShardLayout
-from sps_runtime.types.attention import AttentionSpec, SparseSettings
+from sps_runtime.distributed.communicator import Traffic
+from sps_runtime.types.attention import AttentionSpec, SparseCounters, SparseSettings
 
 PAGE, DIM, B = 16, 16, 4
 
@@ -183,6 +186,35 @@ def test_one_in_s_of_queries_keys_values_and_outputs_crosses(
     assert sum(t.attention_bytes for t in traffic) == LAYERS * (queries + keys)
     physical = sum(t.physical_bytes for t in traffic)
     assert physical == LAYERS * (queries + keys * (hosts == "apart"))
+
+
+def test_counters_say_what_was_left_out() -> None:
+    """Two ranks, half of a prompt each: rank 1 reads its own triangle, and one pair in s^2 of a
+    square that is twice as large."""
+    case, heads = StrideCase([(0, 8 * PAGE)], lay="contiguous", specs=[spec(4)], window=20), 2
+    counted: dict[int, SparseCounters] = {}
+
+    class Asking(StrideCase):
+        def check_rank(self, context: AttentionContext) -> Traffic:
+            attend = sequence_attention(self.plan, self.layout, context)
+            rank = context.mesh.sp_rank
+            index = torch.from_numpy(self.layout.token_index(rank))
+            for window in (20, None):
+                q, k, v = (self._new(x, 1)[index] for x in (self.q, self.k, self.v))
+                attend(1, q, k, v, scale=1.0, window=window)
+            (counted[rank],) = sparse_counters(attend)
+            return context.traffic
+
+    case.__class__ = Asking
+    traffic = case.run()
+    triangle = 4 * (4 * PAGE + 1) / PAGE / 2
+    assert counted[0].read_pairs == counted[0].causal_pairs == int(heads * triangle)
+    assert counted[1].causal_pairs == int(heads * (triangle + 16))
+    assert counted[1].read_pairs == int(heads * (triangle + 16 / 4**2))
+    assert (counted[1].remote_units, counted[1].fetched_units) == (heads * 4, heads * 4 // 4)
+    windowed = 2 * heads * DIM * B * 2 * PAGE  # of layer 0: the two pages before rank 1's first
+    sent = sum(c.remote_bytes for c in counted.values())
+    assert sent == sum(t.attention_bytes for t in traffic) - windowed
 
 
 def test_a_sequence_on_one_rank_sends_nothing() -> None:

@@ -110,3 +110,25 @@ def test_a_bound_that_no_choice_meets_makes_it_exact(server: EchoHttp) -> None:
     assert report["fallbacks"] > 0 and report["density"] > 0.9
     exact = generate(server, "A bound. " + DOCUMENT, None)
     assert answer.json()["output_ids"] == exact.json()["output_ids"]
+
+
+def test_stride_attention_reports_one_token_in_s(server: EchoHttp) -> None:
+    text, far = "A stride. " + DOCUMENT, {}
+    for stride in (1, 4):
+        attention = {"mode": "csa", "estimator": "stride", "stride": stride}
+        answer = generate(server, text, attention)
+        far[stride] = meta(answer)["attention"]
+        assert far[stride]["mode"] == "csa" and meta(answer)["cached_tokens"] == 0
+        if stride == 1:
+            exact = generate(server, text, {"mode": "exact"})
+            assert answer.json()["output_ids"] == exact.json()["output_ids"]
+    assert far[1]["density"] == pytest.approx(1, abs=1e-3) and 0.4 < far[4]["density"] < 0.7
+    assert far[4]["remote_bytes"] == pytest.approx(far[1]["remote_bytes"] / 4, rel=0.01)
+    assert (far[1]["union_share"], far[4]["union_share"]) == (1, pytest.approx(0.25, abs=0.01))
+
+
+def test_a_stride_that_does_not_divide_pages_runs_exact(server: EchoHttp) -> None:
+    report = meta(generate(server, DOCUMENT, {"mode": "csa", "estimator": "stride", "stride": 3}))
+    assert report["attention"]["mode"] == "exact" and "stride" in report["attention"]["reason"]
+    answer = generate(server, "x", {"mode": "csa", "estimator": "stride", "decode": "sparse"})
+    assert answer.status_code == 400 and "stride" in answer.text

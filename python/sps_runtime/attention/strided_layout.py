@@ -168,10 +168,7 @@ class StridedLayout:
     def _find_units(self) -> None:
         """Cut stretches of pages with one owner into units of as many pages as divide them all."""
         layout, stride = self._layout, self._level.stride
-        pages = layout.pages
-        group = np.asarray(layout.group)
-        member = np.minimum(np.searchsorted(group, pages.owners), len(group) - 1)
-        member = np.where(group[member] == pages.owners, member, OUTSIDE)
+        pages, member = layout.pages, members_of_pages(layout)
         sequence = np.repeat(np.arange(len(layout.lengths)), np.diff(pages.first))
         breaks = (np.diff(member) != 0) | (np.diff(sequence) != 0)
         first = np.concatenate(([0], np.flatnonzero(breaks) + 1))
@@ -210,6 +207,13 @@ class StridedLayout:
 
     def _place(self, member: int) -> int:
         return member - self.members[0]
+
+
+def members_of_pages(layout: ShardLayout) -> Ints:
+    """The member that each page of the table lies on, or `OUTSIDE`."""
+    group, owners = np.asarray(layout.group), layout.pages.owners
+    member = np.minimum(np.searchsorted(group, owners), len(group) - 1)
+    return np.where(group[member] == owners, member, OUTSIDE)
 
 
 def _kept(tokens: Ints, phase: int, stride: int) -> Ints:

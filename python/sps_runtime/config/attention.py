@@ -20,6 +20,7 @@ ESTIMATORS = {
     "xattention": "xattention",
     "null": "null",
     "oracle": "oracle",
+    "stride": "stride",
 }
 """What clients may name, and what `SparseSettings.estimator` calls it."""
 
@@ -37,7 +38,7 @@ class AttentionConfig:
     """Attributes:
     mode: ``csa`` prefills prompts block-sparsely where that pays.
     estimator: a name of `ESTIMATORS`, or a plug-in's.
-    budget, tau, max_tau, decode: as `types.attention.SparseSettings` has them.
+    budget, tau, max_tau, decode, stride: as `types.attention.SparseSettings` has them.
     """
 
     mode: Mode = "exact"
@@ -46,6 +47,7 @@ class AttentionConfig:
     tau: float = _DEFAULT.tau
     max_tau: float = _DEFAULT.max_tau
     decode: DecodeAttention = _DEFAULT.decode
+    stride: int = _DEFAULT.stride
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -58,6 +60,10 @@ class AttentionConfig:
             raise ConfigError(f"csa_decode {self.decode!r} is none of exact, sparse")
         if estimator_name(self.estimator) is None:
             raise ConfigError(f"csa_estimator {self.estimator!r}: known are {known_estimators()}")
+        if self.stride < 1:
+            raise ConfigError(f"csa_stride must be at least 1, not {self.stride}")
+        if self.estimator == "stride" and self.decode == "sparse":
+            raise ConfigError("csa_decode sparse needs an estimator of pages, not stride")
 
     def spec(self) -> AttentionSpec:
         """How a request is computed that has these settings."""
@@ -69,6 +75,7 @@ class AttentionConfig:
             tau=self.tau,
             max_tau=self.max_tau,
             decode=self.decode,
+            stride=self.stride,
         )
         return AttentionSpec("csa", settings)
 
@@ -116,6 +123,7 @@ def add_attention_flags(group: argparse._ArgumentGroup) -> None:
         help="measured share above which attention is widened, then exact; 1: only measured",
     )
     add("--csa-decode", default=default.decode, choices=["exact", "sparse"])
+    add("--csa-stride", type=int, default=default.stride, help="of the estimator stride")
     add("--csa-min-tokens", type=int, help="shorter prompts run exact; by cost unless told")
 
 

@@ -21,8 +21,11 @@ LONGEST = 1 << 24
 def expected_density(settings: SparseSettings, tokens: int) -> float:
     """Pairs of (query block, page) that are read, over causal ones, in a prompt of `tokens`.
 
-    By budget and least number of pages alone: what `tau` saves is not known beforehand.
+    By budget and least number of pages alone: what `tau` saves is not known beforehand. Stride
+    attention over P ranks reads 1 / P + (1 - 1 / P) / s^2 of them, which is 1 / s here.
     """
+    if settings.estimator == "stride":
+        return 1 / settings.stride
     blocks = -(-tokens // settings.block)
     if settings.budget >= 1 or blocks <= settings.minimum:
         return 1.0
@@ -44,8 +47,11 @@ def sparse_seconds(cost: PrefillCost, settings: SparseSettings, tokens: int) -> 
 def least_tokens(cost: PrefillCost, settings: SparseSettings) -> int:
     """The shortest prompt, in superblocks, whose prefill csa does not make slower.
 
-    Density falls with length and attention's part grows, so it pays from there on.
+    Density falls with length and attention's part grows, so it pays from there on. Stride attention
+    chooses nothing, so it costs nothing beforehand.
     """
+    if settings.estimator == "stride":
+        return 0
 
     def pays(tokens: int) -> bool:
         return sparse_seconds(cost, settings, tokens) <= cost.seconds([(tokens, 0)])

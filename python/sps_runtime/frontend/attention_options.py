@@ -15,7 +15,7 @@ from sps_runtime.config.attention import (
     known_estimators,
 )
 from sps_runtime.types.attention import AttentionReport, AttentionSpec
-from sps_runtime.types.errors import InvalidRequest
+from sps_runtime.types.errors import ConfigError, InvalidRequest
 
 FIELD = "attention"
 
@@ -29,6 +29,7 @@ class AttentionOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     estimator: str | None = None
     budget: float | None = None
     decode: Literal["exact", "sparse"] | None = None
+    stride: int | None = None
 
 
 def attention_spec(
@@ -54,7 +55,10 @@ def attention_spec(
         raise _invalid(f"{field}.mode", "must be csa for the other settings to have an effect")
     if options.tau == 0 and options.budget is None:
         told["budget"] = 1.0
-    return replace(defaults, **told).spec()
+    try:
+        return replace(defaults, **told).spec()
+    except ConfigError as error:  # settings that exclude one another
+        raise _invalid(field, f"cannot be: {error}") from None
 
 
 def report_fields(report: AttentionReport) -> dict[str, Any]:
@@ -71,6 +75,8 @@ def _check(path: str, name: str, value: Any) -> None:
             raise _invalid(path, f"must lie in {interval(name)}")
     elif name == "estimator" and estimator_name(value) is None:
         raise _invalid(path, f"is not known here; known are {known_estimators()}")
+    elif name == "stride" and value < 1:
+        raise _invalid(path, "must be at least 1")
 
 
 def _invalid(path: str, why: str) -> InvalidRequest:

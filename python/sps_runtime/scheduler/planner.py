@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from enum import Enum
 
 from sps_runtime.costmodel.strategy import AttentionWork
-from sps_runtime.kvcache.placement import divide, divide_units, make_placement, next_owner
+from sps_runtime.kvcache.placement import (
+    contiguous,
+    divide,
+    divide_units,
+    make_placement,
+    next_owner,
+)
 from sps_runtime.scheduler.budget import pages_for
 from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.scheduler.policies.view import Step, View, mask_ranks
@@ -106,7 +112,8 @@ class Planner:
         held = len(run.table.pages) * self._page_size
         sizes = superblock_pages(settings, held, end, self._page_size)
         if sizes:
-            ranks = divide_units(sizes, room, self._place)
+            place = contiguous if settings.estimator == "stride" else self._place
+            ranks = divide_units(sizes, room, place)
             if not ranks or not self._cache.allocate(run.handle, ranks):
                 end = held
             else:

@@ -45,6 +45,8 @@ class SparseRules:
             return self.refusal
         if settings.superblock % self.page_size:
             return f"superblocks are no multiple of the page of {self.page_size} tokens"
+        if settings.estimator == "stride" and self.page_size % settings.stride:
+            return f"a stride of {settings.stride} does not divide pages of {self.page_size} tokens"
         if prompt_len < (least := self.least_tokens(settings)):
             return f"the prompt is shorter than {least} tokens"
         if not self._fits(settings, prompt_len):

@@ -45,7 +45,8 @@ def test_equal_wishes_share_pages_and_others_do_not() -> None:
 
     assert fidelity(budget=0.1) == fidelity()
     different = [fidelity(), fidelity(budget=0.2), fidelity(tau=0.3), fidelity(max_tau=0.2)]
-    different += [fidelity(estimator="mean"), EXACT.fidelity]
+    different += [fidelity(estimator="mean"), EXACT.fidelity, fidelity(estimator="stride")]
+    different += [fidelity(estimator="stride", stride=8)]
     assert fidelity(decode="sparse") == fidelity(), "decode leaves no page to others"
     assert len(set(different)) == len(different)
 
@@ -61,6 +62,7 @@ def test_equal_wishes_share_pages_and_others_do_not() -> None:
         ({"budget": 0}, "budget"),
         ({"budget": 1.01}, "budget"),
         ({"estimator": "tea leaves"}, "estimator"),
+        ({"stride": 0}, "stride"),
     ],
 )
 @pytest.mark.parametrize("prefix", ["attention", "attention[3]"])

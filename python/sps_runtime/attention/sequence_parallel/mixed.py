@@ -13,7 +13,7 @@ from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.sequence_parallel.stride import Stride
 from sps_runtime.attention.shard_layout import ShardLayout
-from sps_runtime.types.attention import SparseSettings
+from sps_runtime.types.attention import SparseCounters, SparseSettings
 from sps_runtime.types.plan import StepPlan
 
 Attention = Callable[..., Tensor]
@@ -86,6 +86,12 @@ class Mixed:
             kv_heads = k_TKD.shape[1]
             out[rows] = stride.attend(layer, q_THD[rows], kv_heads, scale=scale, window=window)
         return out
+
+    def counters(self) -> tuple[SparseCounters, ...]:
+        """Those of all sequences that do not read all their pages."""
+        found = [counted for stride, _ in self._strides for counted in stride.counters()]
+        asked = getattr(self._rest, "counters", None)
+        return (*found, *(asked() if asked is not None else ()))
 
 
 def _part(

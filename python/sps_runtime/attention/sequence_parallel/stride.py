@@ -29,9 +29,10 @@ from sps_runtime.attention.backend import QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, query_runs
 from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.sequence_parallel.stride_counts import StrideCounts
 from sps_runtime.attention.sequence_parallel.stride_level import PARTS, TAGS, LevelExchange
 from sps_runtime.attention.strided_layout import levels_of
-from sps_runtime.types.attention import SparseSettings
+from sps_runtime.types.attention import SparseCounters, SparseSettings
 
 
 class Stride:
@@ -44,6 +45,7 @@ class Stride:
     def __init__(self, step: StepState, settings: SparseSettings) -> None:
         self._step = step
         self._plans = levels_of(settings, step.size)
+        self._counts = StrideCounts(step, self._plans)
         self._levels: list[LevelExchange] | None = None
         self._windowed: dict[int, KVReads] = {}
         self._local = self._local_runs()
@@ -61,6 +63,10 @@ class Stride:
         self.write(layer, k_TKD, v_TKD)
         self.publish(layer)
         return self.attend(layer, q_THD, k_TKD.shape[1], scale=scale, window=window)
+
+    def counters(self) -> tuple[SparseCounters, ...]:
+        """What each sequence read and sent so far; layers with a window are not in it."""
+        return self._counts.of_sequences()
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """The first half of a call, where others share the step."""
@@ -82,6 +88,7 @@ class Stride:
                 for index, plan in enumerate(self._plans)
             ]
         step, levels = self._step, self._levels
+        before = step.context.traffic.attention_bytes
         begun = [level.begin(layer, q_THD) for level in levels]
         pool, traffic = step.context.pages(layer), step.context.traffic
         own = step.context.backend.partial(q_THD, self._local, pool, scale=scale)
@@ -89,6 +96,7 @@ class Stride:
             traffic.exposed_s += exchange.compute(part, scale)
         for exchange, part in itertools.product(begun, range(PARTS)):
             traffic.exposed_s += exchange.merge(part, own)
+        self._counts.add(traffic.attention_bytes - before)
         return own.o.to(q_THD.dtype)
 
     def _exact(self, layer: int, q_THD: Tensor, kv_heads: int, scale: float, window: int) -> Tensor:
