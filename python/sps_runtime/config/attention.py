@@ -18,6 +18,7 @@ ESTIMATORS = {
     "mean": "mean",
     "quest": "quest",
     "xattention": "xattention",
+    "vertical_slash": "vertical_slash",
     "null": "null",
     "oracle": "oracle",
     "stride": "stride",

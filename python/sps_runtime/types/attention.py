@@ -39,10 +39,10 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tau: float = 0.02
     max_tau: float = 1.0
     budget: float = 0.10
-    minimum: int = 8
+    minimum: int = 16
     sink: int = 1
     window: int = 2
-    rows: int = 16
+    rows: int = 32
     block: int = 64
     superblock: int = 1024
     wide_from: int = 32768
