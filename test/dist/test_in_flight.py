@@ -13,7 +13,8 @@ from test.dist.helpers.exactness import NEW_TOKENS, TIGHT_PAGES, check
 from test.dist.helpers.planner import Planner, Request, Shape
 from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
 
-from sps_runtime.attention.sequence_parallel.in_flight import Baton, cut
+from sps_runtime.attention.sequence_parallel.baton import Baton
+from sps_runtime.attention.sequence_parallel.cut import cut
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.types.plan import SequencePlan, StepPlan
 from sps_runtime.types.tokens import pack_ids
@@ -112,11 +113,11 @@ def test_blocks_cover_the_step_and_end_with_pages() -> None:
             assert after.start % size == 0
 
 
-def test_a_zigzag_is_cut_where_owners_change() -> None:
-    owners = [0] * 4 + [1] * 4 + [1] * 4 + [0] * 3
-    plan = plan_of(owners, 0, 15 * 16 - 3, 16, slots=100)
-    layout = ShardLayout(plan, page_size=16, pages_per_rank=100)
-    assert [b.sequences[0].start for b in cut(plan, layout)] == [0, 64, 192]
+def test_a_zigzag_is_cut_where_owners_change_and_in_between() -> None:
+    owners = [0] * 32 + [1] * 32 + [1] * 32 + [0] * 31
+    plan = plan_of(owners, 0, 127 * 16 - 3, 16, slots=200)
+    layout = ShardLayout(plan, page_size=16, pages_per_rank=200)
+    assert [b.sequences[0].start for b in cut(plan, layout)] == [0, 256, 512, 768, 1024, 1280, 1536]
 
 
 def test_the_earliest_layer_goes_first_and_one_at_a_time() -> None:

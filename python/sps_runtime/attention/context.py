@@ -43,6 +43,7 @@ class AttentionContext:
             know the same tuple, so both sides of a transfer agree.
         ops: what writes KV, and what the runner gives to placements.
         sparse: None where pages of this shape have no summaries.
+        windows: of each layer, where that is known before a layer is run.
     """
 
     mesh: Mesh
@@ -54,6 +55,7 @@ class AttentionContext:
     hosts: tuple[int, ...]
     ops: Operators = TORCH
     sparse: SparseMeans | None = None
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         here = self.hosts[self.mesh.sp_rank]

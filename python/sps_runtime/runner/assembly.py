@@ -205,6 +205,7 @@ def open_means(
         traffic=traffic,
         hosts=place.hosts,
         ops=ops,
+        windows=model.layer_windows,
         sparse=open_sparse(place, shape, fds, kernels, engine.threads_per_rank),
     )
 

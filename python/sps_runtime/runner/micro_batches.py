@@ -37,7 +37,7 @@ def fly(forward: Forward, flight: Flight, batch: InputBatch, links: GroupLinks) 
             errors.append(error)
             flight.baton.fail()
 
-    blocks = range(len(flight.plans))
+    blocks = flight.blocks
     threads = [threading.Thread(target=run, args=(b,), name=f"block-{b}") for b in blocks]
     for thread in threads:
         thread.start()

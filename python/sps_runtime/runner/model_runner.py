@@ -18,7 +18,7 @@ from torch import Tensor
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.build import sequence_attention, sparse_counters
 from sps_runtime.attention.sequence_parallel.decode import DecodeAttention
-from sps_runtime.attention.sequence_parallel.in_flight import Flight, applies, cut
+from sps_runtime.attention.sequence_parallel.in_flight import Flight, flight_of
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
@@ -206,10 +206,9 @@ class ModelRunner:
         return Step(plan, member, links, batch, context, self._flight(plan, layout))
 
     def _flight(self, plan: StepPlan, layout: ShardLayout) -> Flight | None:
-        if not (self._pipeline and self._arch == "ntp" and applies(plan, self._means)):
+        if not self._pipeline or self._arch != "ntp":
             return None
-        plans = cut(plan, layout)
-        return Flight(plans, layout, self._means) if len(plans) > 1 else None
+        return flight_of(plan, layout, self._means)
 
     def _forward(self, step: Step) -> Tensor:
         if step.flight is None:

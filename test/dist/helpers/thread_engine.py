@@ -89,6 +89,7 @@ def make_contexts(
     hosts: tuple[int, ...],
     ops: Ops,
     native: bool,
+    windows: tuple[int | None, ...] = (),
 ) -> list[AttentionContext]:
     """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
     must show. Messages go through `world`, or as between processes of one host."""
@@ -122,6 +123,7 @@ def make_contexts(
                 hosts=hosts,
                 ops=ops.operators,
                 sparse=sparse[rank],
+                windows=windows,
             )
         )
     return contexts
@@ -208,7 +210,7 @@ class ThreadEngine:
         ops = ops or choose_ops()
         record = record and ops.kernels is not None and len(set(hosts)) == 1
         stored = storage_dtype(kv_dtype, dtype)
-        contexts = make_contexts(world, shape, stored, sp, tp, hosts, ops, record)
+        contexts = make_contexts(world, shape, stored, sp, tp, hosts, ops, record, config.layer_windows)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
         self.models, self.runners = [], []
         for rank, means in enumerate(contexts):
