@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import numpy as np
 
@@ -56,7 +58,7 @@ def _by_owner(owners: Ints, ranks: int, least: int) -> Ints:
     bounds = [0, *changes.tolist(), len(owners)]
     parts = [
         begin + _even(end - begin, (end - begin) // target)
-        for begin, end in zip(bounds, bounds[1:], strict=False)
+        for begin, end in itertools.pairwise(bounds)
     ]
     return np.concatenate([changes, *parts]).astype(np.int64)
 
