@@ -85,7 +85,7 @@ UNSUPPORTED: dict[str, Any] = {
 OPENAI_UNSUPPORTED: dict[str, Any] = {
     "best_of": 3,
     "suffix": "x",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tools": [{"type": "function", "function": {"name": "f g"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "response_format": {"type": "json_schema"},
@@ -99,7 +99,11 @@ MESSAGES: list[tuple[Any, str]] = [
     ("x", "messages"),
     ([5], "messages[0]"),
     ([{"role": "wizard", "content": "x"}], "messages[0].role"),
-    ([{"role": "tool", "content": "x"}], "messages[0].role"),
+    ([{"role": "tool"}], "messages[0].content"),
+    (
+        [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}],
+        "messages[0]",
+    ),
     ([{"content": "x"}], "messages[0]"),
     ([{"role": "user"}], "messages[0].content"),
     ([{"role": "user", "content": 5}], "messages[0].content"),
@@ -113,7 +117,19 @@ MESSAGES: list[tuple[Any, str]] = [
         [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
         "messages[0].tool_calls",
     ),
+    ([{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}], "messages[0].tool_calls"),
+    ([{"role": "assistant", "content": "x", "function_call": {"name": "f"}}], "messages[0]"),
     ([{"role": "user", "content": "y " * 9000}], "messages"),
+]
+
+TOOLS: list[tuple[Any, str]] = [
+    ("x", "tools"),
+    ([{"type": "retrieval"}], "tools[0]"),
+    ([{"type": "function"}], "tools[0]"),
+    ([{"type": "function", "function": {"name": "x" * 65}}], "tools[0].function.name"),
+    ([{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)], "tools"),
+    ([{"type": "function", "function": {"name": "f"}}] * 2, "tools"),
+    ([{"type": "function", "function": {"name": "f", "parameters": 5}}], "tools[0]"),
 ]
 
 
@@ -156,6 +172,11 @@ def other_cases() -> Iterator[tuple[str, Any, str]]:
         yield CHAT, {"messages": USER, name: value}, name
     for kwargs in ({"x": 1}, {"enable_thinking": {"a": 1}}, {"enable_thinking": [1] * 99}, "x"):
         yield CHAT, {"messages": USER, "chat_template_kwargs": kwargs}, "chat_template_kwargs"
+    for tools, field in TOOLS:
+        yield CHAT, {"messages": USER, "tools": tools}, field
+    for choice in ("some", {"type": "function", "function": {"name": "g"}}, {"type": "x"}, 5):
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        yield CHAT, {"messages": USER, "tools": tools, "tool_choice": choice}, "tool_choice"
     for logprobs in (21, -1, True, "1"):
         yield TEXT, {"prompt": "x", "logprobs": logprobs}, "logprobs"
     for top in (21, -1, "1"):

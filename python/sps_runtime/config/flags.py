@@ -237,6 +237,10 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     add("--api-key-file", default="", help="one key a line; also SPS_API_KEY")
     add("--allow-unauthenticated", action="store_true", help="other hosts without any key")
     add("--chat-template", default="", help="template file, if not the model's own")
+    add(
+        "--tool-call-parser", default="", help="hermes, qwen, llama3, mistral, none; or as it seems"
+    )
+    add("--reasoning-parser", default="", help="deepseek-r1, qwen3, qwen3-thinking, none")
     add("--stream-interval", type=int, default=default.stream_interval)
     add("--enable-metrics", action="store_true")
     add("--enable-cache-report", action="store_true")
@@ -331,6 +335,8 @@ def _server_config(parsed: argparse.Namespace) -> ServerConfig:
         api_key_hashes=environment.hash_keys(keys),
         admin_key_hashes=environment.hash_keys(admin),
         chat_template=parsed.chat_template,
+        tool_call_parser=parsed.tool_call_parser,
+        reasoning_parser=parsed.reasoning_parser,
         stream_interval=parsed.stream_interval,
         enable_metrics=parsed.enable_metrics,
         enable_cache_report=parsed.enable_cache_report,

@@ -28,7 +28,6 @@ _ONE_ENGINE = Refusal("one server is one engine; run several behind a router", (
 _NO_LORA = Refusal("adapters are not supported; merge them into the weights")
 _NO_SPECULATION = Refusal("speculative decoding is not supported", ("none",))
 _NO_OFFLOAD = Refusal("KV lives in the ranks' pools only", ("0",))
-_NO_PARSER = Refusal("output is returned as the model writes it", ("none",))
 _SEQUENCE = Refusal("use --sp-size, which spreads prefill and decode of one request", ("1",))
 _NO_PD = Refusal("prefill and decode run on the same ranks", ("null", "none"))
 _DENSE_ONLY = Refusal("mixture-of-experts models are not supported", ("1",))
@@ -57,8 +56,6 @@ REFUSED: Mapping[str, Refusal] = {
     "lora-paths": _NO_LORA,
     "speculative-algorithm": _NO_SPECULATION,
     "speculative-draft-model-path": _NO_SPECULATION,
-    "reasoning-parser": _NO_PARSER,
-    "tool-call-parser": _NO_PARSER,
     "completion-template": Refusal("/v1/completions takes the prompt as it is"),
     "json-model-override-args": Refusal("edit config.json instead", ("{}",)),
     "preferred-sampling-params": Refusal("put defaults into generation_config.json"),

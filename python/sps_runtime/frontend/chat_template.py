@@ -47,7 +47,7 @@ class ChatTemplate:
     """One compiled template.
 
     Args:
-        source: the template.
+        source: the template; kept as an attribute.
         bos_token, eos_token: given to it as variables.
 
     Raises:
@@ -61,6 +61,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -73,6 +74,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         *,
         max_chars: int,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Return the prompt of a conversation.
 
@@ -80,12 +82,14 @@ class ChatTemplate:
             messages: each with ``role`` and ``content``.
             variables: further template variables; ``add_generation_prompt`` is true unless told.
             max_chars: output beyond this is refused while it is being made.
+            tools: for the template to describe, if it knows how.
 
         Raises:
             InvalidRequest: when the template refuses the conversation, fails on it, or the output
                 is too long.
         """
-        values = {"add_generation_prompt": True, **(variables or {}), **self._fixed}
+        told = {"tools": list(tools) or None, **(variables or {})}
+        values = {"add_generation_prompt": True, **told, **self._fixed}
         try:
             return self._bounded(messages, values, max_chars)
         except _Refused as error:
@@ -105,7 +109,7 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], max_chars: int
     ) -> str:
         pieces, length = [], 0
-        for piece in self._template.generate(messages=list(messages), tools=None, **values):
+        for piece in self._template.generate(messages=list(messages), **values):
             pieces.append(piece)
             length += len(piece)
             if length > max_chars:

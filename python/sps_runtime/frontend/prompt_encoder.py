@@ -72,7 +72,9 @@ class PromptEncoder:
                 code="no_chat_template",
             )
         bound = max(TEMPLATE_CHARS_PER_TOKEN * limits.context_length, limits.max_body_bytes)
-        return template.render(prompt.messages, prompt.variables, max_chars=bound)
+        return template.render(
+            prompt.messages, prompt.variables, max_chars=bound, tools=prompt.tools
+        )
 
     def close(self) -> None:
         """Give the threads back."""
@@ -88,5 +90,7 @@ def _prompt_chars(prompt: Prompt) -> int:
     if isinstance(prompt, TextPrompt):
         return len(prompt.text)
     if isinstance(prompt, ChatPrompt):
+        if prompt.tools:  # of any size
+            return INLINE_CHARS + 1
         return sum(len(str(message.get("content") or "")) for message in prompt.messages)
     return 0

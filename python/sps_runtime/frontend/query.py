@@ -75,10 +75,12 @@ class ChatPrompt:
     Attributes:
         messages: each with ``role`` and ``content`` (text), in order.
         variables: further template variables, scalars only.
+        tools: functions that the model may call, as OpenAI describes them.
     """
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt

@@ -37,6 +37,9 @@ class Tokenizer:
         path: a directory with tokenizer.json, and perhaps tokenizer_config.json and a template.
         chat_template: path of a template file in place of the model's own.
 
+    Attributes:
+        special_texts: ids of special added tokens, by what they read.
+
     Raises:
         ConfigError: when a file is missing or unreadable.
     """
@@ -51,7 +54,8 @@ class Tokenizer:
             raise ConfigError(f"cannot read {directory / 'tokenizer.json'}: {error}") from None
         self._fast.no_truncation()
         self._fast.no_padding()
-        self._special = frozenset(t.id for t in parts.added_tokens or () if t.special)
+        self.special_texts = {t.content: t.id for t in parts.added_tokens or () if t.special}
+        self._special = frozenset(self.special_texts.values())
         spell = speller(parts.decoder)
         self._spell = None if spell is None else lru_cache(_CACHED_SPELLINGS)(self._speller(spell))
         config = _read_json_object(directory / "tokenizer_config.json")

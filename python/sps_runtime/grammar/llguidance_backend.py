@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sps_runtime.grammar.ebnf import to_lark
+from sps_runtime.grammar.json_pieces import with_whitespace
 from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary
 from sps_runtime.grammar.structural_tag import structural_tag_to_lark
 from sps_runtime.types.grammar import GrammarSpec
 
-WHITESPACE = r"( |\n[ \t]{0,12})"
-"""Between JSON's tokens: one space, or a new line with its indentation. Bounded, so that a model
-cannot fill an answer with blanks."""
 MAX_MESSAGE_CHARS = 500
 
 
@@ -61,7 +58,7 @@ class LLGuidance:
         if spec.kind == "json_schema":
             return str(LLMatcher.grammar_from_json_schema(_schema(spec.source)))
         if spec.kind == "structural_tag":
-            lark = structural_tag_to_lark(spec.source, self._special, with_whitespace)
+            lark = structural_tag_to_lark(spec.source, self._special)
             return str(LLMatcher.grammar_from_lark(lark))
         lark = to_lark(spec.source) if spec.kind == "ebnf" else spec.source
         return str(LLMatcher.grammar_from_lark(lark))
@@ -114,13 +111,6 @@ class LLGuidanceMatcher:
 
     def _error(self) -> str:
         return _line(self._inner.get_error())
-
-
-def with_whitespace(schema: Any) -> Any:
-    """The schema with our rule for whitespace, whatever its own hints say."""
-    if not isinstance(schema, dict):
-        return schema  # true: anything
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
 
 def _schema(source: str) -> str:

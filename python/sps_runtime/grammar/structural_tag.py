@@ -6,17 +6,15 @@ text is free until a trigger appears; what begins with it must then be one of th
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from sps_runtime.grammar.json_pieces import json_rule, literal
 from sps_runtime.grammar.protocol import GrammarError
 
 ANY_TEXT = r"/(.|\n)*/"
-WithWhitespace = Callable[[Any], Any]
 
 
 class _Structure(msgspec.Struct):
@@ -30,15 +28,12 @@ class _StructuralTag(msgspec.Struct, tag="structural_tag", tag_field="type"):
     triggers: list[str]
 
 
-def structural_tag_to_lark(
-    source: str, special: Mapping[str, int], with_whitespace: WithWhitespace
-) -> str:
+def structural_tag_to_lark(source: str, special: Mapping[str, int]) -> str:
     """Return the Lark grammar of a structural tag.
 
     Args:
         source: JSON.
         special: ids of special tokens, which are no text to a matcher, by their content.
-        with_whitespace: adds the backend's rule for whitespace to a schema.
 
     Raises:
         GrammarError: when it is not of the form above.
@@ -50,7 +45,7 @@ def structural_tag_to_lark(
     if not tag.structures:
         raise GrammarError("the structural tag has no structures")
     rules = [
-        _rule(index, structure, _trigger(structure, tag.triggers), special, with_whitespace)
+        _rule(index, structure, _trigger(structure, tag.triggers), special)
         for index, structure in enumerate(tag.structures)
     ]
     names = " | ".join(f"tag_{index}" for index in range(len(rules)))
@@ -70,22 +65,10 @@ def _rule(
     structure: _Structure,
     trigger: str,
     special: Mapping[str, int],
-    with_whitespace: WithWhitespace,
 ) -> str:
     name = f"tag_{index}"
-    schema = json.dumps(with_whitespace(structure.schema))
     rest = literal(structure.begin[len(trigger) :], special)
-    body = f"{rest} %json {schema} {literal(structure.end, special)}".rstrip()
+    body = f"{rest} {json_rule(structure.schema)} {literal(structure.end, special)}".rstrip()
     if any(token in trigger for token in special):
         return f"{name}: TAG_TEXT {literal(trigger, special)} {body}\n"
     return f"{name}_head[lazy]: TAG_TEXT {literal(trigger, special)}\n{name}: {name}_head {body}\n"
-
-
-def literal(text: str, special: Mapping[str, int]) -> str:
-    """Lark for exactly `text`; special tokens in it are named by id, as ``<[7]>``."""
-    if not special:
-        return json.dumps(text) if text else ""
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    pieces = re.split(f"({pattern})", text)
-    items = (f"<[{special[p]}]>" if p in special else json.dumps(p) for p in pieces if p)
-    return " ".join(items)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
 from sps_runtime.server.body import NOTHING, decode
+from sps_runtime.server.chat_messages import Message
 from sps_runtime.server.grammars import GrammarFields
+from sps_runtime.server.tools import Choice, NamedTool, Tool
 from sps_runtime.types.errors import InvalidRequest
 
 
@@ -82,23 +84,6 @@ class CompletionBody(OpenAIBody, kw_only=True):
     logprobs: int | None = None
 
 
-class ContentPart(msgspec.Struct):
-    """One part of a message; text is the only kind there is here."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct, kw_only=True):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
-
-
 class ChatBody(OpenAIBody, kw_only=True):
     """POST /v1/chat/completions."""
 
@@ -106,6 +91,10 @@ class ChatBody(OpenAIBody, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Choice | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

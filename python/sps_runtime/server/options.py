@@ -65,8 +65,6 @@ OPENAI = frozenset(
     | {
         "best_of",
         "suffix",
-        "tools",
-        "tool_choice",
         "functions",
         "function_call",
         "modalities",
@@ -86,7 +84,6 @@ OPENAI = frozenset(
 )
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "guided_decoding_backend": ("auto", "guidance", "llguidance"),

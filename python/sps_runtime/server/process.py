@@ -82,7 +82,7 @@ def build_service(config: FrontendConfig, link: ZmqEngineLink) -> Service:
         observer=metrics,
     )
     timeouts = Timeouts()
-    return Service(
+    service = Service(
         manager=manager,
         server=server,
         engine=engine,
@@ -90,6 +90,9 @@ def build_service(config: FrontendConfig, link: ZmqEngineLink) -> Service:
         probe=GenerationProbe(manager, timeouts.probe),
         timeouts=timeouts,
     )
+    if service.tool_format is None or service.reasoning_format is None:
+        logger.debug("answers are not searched for tool calls, or not for reasoning")
+    return service
 
 
 def _grammar_checker(config: FrontendConfig) -> GrammarChecker | None:

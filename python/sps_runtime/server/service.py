@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from starlette.requests import Request
 
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.server import ServerConfig
+from sps_runtime.frontend.parsing.reasoning import ReasoningFormat, find_reasoning_format
+from sps_runtime.frontend.parsing.tool_formats import ToolFormat, find_tool_format
 from sps_runtime.frontend.tokenizer_manager import TokenizerManager
 from sps_runtime.server.auth import Identity
 from sps_runtime.server.generation_probe import GenerationProbe
@@ -56,6 +59,18 @@ class Service:
     @property
     def model_name(self) -> str:
         return self.server.served_model_name or self.engine.model_path
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls. Raises ConfigError for a name that nobody knows."""
+        template = self.manager.tokenizer.chat_template
+        source = template.source if template is not None else ""
+        return find_tool_format(self.server.tool_call_parser, source)
+
+    @cached_property
+    def reasoning_format(self) -> ReasoningFormat | None:
+        """How the model writes reasoning. Raises ConfigError for a name that nobody knows."""
+        return find_reasoning_format(self.server.reasoning_parser)
 
     def check_model(self, name: str | None) -> None:
         """Raise a 404 unless `name` is the served model's (or absent, or "default")."""

@@ -9,15 +9,16 @@ from sps_runtime.frontend.query import ChatPrompt, Query, TextPrompt
 from sps_runtime.frontend.validation import check_ids
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.body import NOTHING, decode, decode_fields, is_nothing, read_body
-from sps_runtime.server.openai_chat import chat_prompt
-from sps_runtime.server.openai_types import Message
+from sps_runtime.server.chat_messages import Message, chat_prompt
 from sps_runtime.server.service import Call
+from sps_runtime.server.tools import Tool, make_toolbox
 from sps_runtime.types.errors import InvalidRequest
 
 
 class _TokenizeBody(msgspec.Struct):
     prompt: str | list[str] | None = None
     messages: list[Message] | None = None
+    tools: list[Tool] | None = None
     model: str | None = None
 
 
@@ -35,7 +36,7 @@ async def tokenize(call: Call) -> ASGIApp:
     decode_fields(raw)
     body: _TokenizeBody = decode(raw, _TokenizeBody)
     service.check_model(body.model)
-    prompts = _prompts(body)
+    prompts = _prompts(call, body)
     if len(prompts) > manager.limits.max_prompts:
         raise InvalidRequest("prompt holds too many texts", field="prompt")
     names = {"prompt": "prompt" if body.messages is None else "messages"}
@@ -51,9 +52,10 @@ async def tokenize(call: Call) -> ASGIApp:
     )
 
 
-def _prompts(body: _TokenizeBody) -> list[TextPrompt | ChatPrompt]:
+def _prompts(call: Call, body: _TokenizeBody) -> list[TextPrompt | ChatPrompt]:
     if body.messages is not None and body.prompt is None:
-        return [chat_prompt(body.messages, {})]
+        toolbox = make_toolbox(call.service, body.tools, None, None)
+        return [chat_prompt(body.messages, {}, toolbox.described())]
     if body.messages is not None or body.prompt is None or body.prompt == []:
         raise InvalidRequest("give prompt or messages", field="prompt")
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
