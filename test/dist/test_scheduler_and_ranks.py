@@ -20,6 +20,7 @@ from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler
+from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
 from sps_runtime.types.messages import LinkCost, TokensOut
 from sps_runtime.types.plan import StepPlan
 from sps_runtime.types.request import GenerateRequest
@@ -40,6 +41,18 @@ CELLS = [
 ]
 
 
+EVERYTHING = SparseSettings(budget=1.0, tau=0.0, superblock=64, wide_from=128)
+CSA = AttentionSpec("csa", EVERYTHING)
+"""Superblocks of one block, then two: chosen, placed and cached as ever, and nothing left out."""
+CSA_CELLS = [
+    (1, 1, "ntp", "auto", 16, 64, 24, 0.0),
+    (2, 1, "ntp", "auto", 16, 64, 16, 1e-6),
+    (3, 1, "ntp", "pass_q", 64, -1, 5, 1e-2),
+    (4, 1, "ntp", "ulysses", 16, 64, 16, 1e-2),
+    (2, 2, "ntp", "auto", 16, 64, 16, 1e-6),
+]
+
+
 def make_scheduler(cell: tuple) -> Scheduler:
     sp, tp, arch, strategy, page_size, chunk, pages, latency = cell
     config = exact_model(KIND).config
@@ -53,7 +66,7 @@ def make_scheduler(cell: tuple) -> Scheduler:
         element_bytes=4,
     )
     return Scheduler(
-        SchedulerConfig(chunked_prefill_size=chunk, conservativeness=0.1),
+        SchedulerConfig(chunked_prefill_size=chunk, conservativeness=0.1, csa_min_tokens=0),
         CacheConfig(page_size, pages),
         ParallelConfig(sp, tp, arch, strategy),
         ModelLimits(4096, frozenset(), config.vocab_size),
@@ -70,19 +83,27 @@ def traffic(chance: random.Random) -> list[list[int]]:
     return prompts
 
 
-def request(index: int, tokens: list[int]) -> GenerateRequest:
+def request(index: int, tokens: list[int], attention: AttentionSpec = EXACT) -> GenerateRequest:
     params = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    return GenerateRequest(f"r{index}", pack_ids(tokens), params)
+    return GenerateRequest(f"r{index}", pack_ids(tokens), params, attention=attention)
 
 
 def serve(
-    engine: ThreadEngine, scheduler: Scheduler, prompts: list[list[int]], chance: random.Random
+    engine: ThreadEngine,
+    scheduler: Scheduler,
+    prompts: list[list[int]],
+    chance: random.Random,
+    sparse: bool = False,
 ) -> tuple[dict[str, list[int]], list[StepPlan], set[str]]:
-    """Run all prompts, added one by one between results; one in four is aborted on the way."""
+    """Run all prompts, added one by one between results; one in four is aborted on the way. With
+    `sparse` two in three are csa."""
     outputs: dict[str, list[int]] = {}
     finals: Counter[str] = Counter()
     plans: list[StepPlan] = []
-    waiting = [request(index, tokens) for index, tokens in enumerate(prompts)]
+    waiting = [
+        request(index, tokens, CSA if sparse and index % 3 else EXACT)
+        for index, tokens in enumerate(prompts)
+    ]
     doomed = {item.rid: chance.randrange(1, 40) for item in waiting if chance.random() < 0.25}
     owed = 0
 
@@ -111,6 +132,19 @@ def serve(
 
 @pytest.mark.parametrize("cell", CELLS, ids=["-".join(map(str, cell[:7])) for cell in CELLS])
 def test_what_is_scheduled_is_what_one_rank_says(cell: tuple) -> None:
+    plans = check(cell, sparse=False)
+    assert any(s.board_epoch >= 0 for plan in plans for s in plan.sequences)
+
+
+@pytest.mark.parametrize("cell", CSA_CELLS, ids=["-".join(map(str, c[:7])) for c in CSA_CELLS])
+def test_csa_that_leaves_nothing_out_is_what_one_rank_says(cell: tuple) -> None:
+    plans = check(cell, sparse=True)
+    prefills = [s for plan in plans for s in plan.sequences if s.attention == CSA]
+    assert len(prefills) > 4
+
+
+def check(cell: tuple, *, sparse: bool) -> list[StepPlan]:
+    """Serve a cell's traffic and compare every answer; the plans."""
     torch.set_num_threads(1)
     sp, tp, arch, _, page_size, _, pages, _ = cell
     model, chance = exact_model(KIND), random.Random(str(cell))
@@ -125,7 +159,7 @@ def test_what_is_scheduled_is_what_one_rank_says(cell: tuple) -> None:
     )
     scheduler, prompts = make_scheduler(cell), traffic(chance)
     try:
-        outputs, plans, aborted = serve(engine, scheduler, prompts, chance)
+        outputs, plans, aborted = serve(engine, scheduler, prompts, chance, sparse)
     finally:
         engine.close()
     for index, tokens in enumerate(prompts):
@@ -137,5 +171,5 @@ def test_what_is_scheduled_is_what_one_rank_says(cell: tuple) -> None:
     state = scheduler.state()
     assert state.cached_tokens_total > 0
     assert all(rank.used_pages == 0 for rank in state.ranks)
-    assert any(s.board_epoch >= 0 for plan in plans for s in plan.sequences)
     print(cell, "retractions", state.retractions_total, Counter(p.placement for p in plans))
+    return plans
