@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sps_runtime.config.engine import EngineConfig
@@ -12,8 +13,10 @@ from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.decode import interpolate, replicated_seconds
 from sps_runtime.costmodel.prefill import PrefillCost, fit
+from sps_runtime.costmodel.sparse import expected_density, least_tokens, sparse_seconds
 from sps_runtime.costmodel.strategy import AttentionWork, ModelShape, cheapest, sent_bytes
 from sps_runtime.scheduler.process import measured_costs
+from sps_runtime.types.attention import SparseSettings
 from sps_runtime.types.messages import DecodeCost, LinkCost, RankReady
 
 LLAMA_8B = ModelShape(
@@ -155,3 +158,27 @@ def test_what_ranks_measured_reaches_the_schedulers_policies(tmp_path: Path) -> 
         costs = measured_costs(config, parse_model_config(model), ready)
         assert costs.decode_placement((1, 1)) == expected
         assert costs.flops_per_s == 1e9
+
+
+def test_csa_pays_from_a_length_on_that_falls_with_what_attention_costs() -> None:
+    settings = SparseSettings()
+    lengths = []
+    for c in (1e-9, 1e-8, 1e-7):
+        cost = PrefillCost(1e-3, 1e-4, c)
+        least = least_tokens(cost, settings)
+        assert least % settings.superblock == 0
+        assert sparse_seconds(cost, settings, least) <= cost.seconds([(least, 0)])
+        shorter = least - settings.superblock
+        assert not shorter or sparse_seconds(cost, settings, shorter) > cost.seconds([(shorter, 0)])
+        lengths.append(least)
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
+    whole = msgspec.structs.replace(settings, budget=1.0)
+    assert least_tokens(PrefillCost(1e-3, 1e-4, 1e-7), whole) > 1 << 23, "never"
+
+
+def test_density_is_that_of_budget_and_least_pages() -> None:
+    settings = SparseSettings(budget=0.1, minimum=8)
+    for blocks in (1, 8, 9, 40, 79, 80, 81, 500):
+        read = sum(min(j, max(8, 0.1 * j)) for j in range(1, blocks + 1))
+        causal = blocks * (blocks + 1) / 2
+        assert expected_density(settings, 64 * blocks) == pytest.approx(read / causal, rel=0.01)

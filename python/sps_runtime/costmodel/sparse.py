@@ -36,12 +36,17 @@ def expected_density(settings: SparseSettings, tokens: int) -> float:
     return read / (blocks * (blocks + 1) / 2)
 
 
+def attention_share(settings: SparseSettings, tokens: int) -> float:
+    """What reading and choosing pages costs, over exact attention."""
+    chooses = settings.estimator != "stride"
+    choosing = min(1.0, settings.rows / settings.block) / 2 if chooses else 0.0
+    return expected_density(settings, tokens) + choosing
+
+
 def sparse_seconds(cost: PrefillCost, settings: SparseSettings, tokens: int) -> float:
     """Seconds of a prefill of `tokens` under csa, choosing included."""
-    choosing = min(1.0, settings.rows / settings.block) / 2
-    density = expected_density(settings, tokens) + choosing
     once = cost.a + PREPARATION * cost.b * tokens
-    return once + cost.seconds([(tokens, 0)], density)
+    return once + cost.seconds([(tokens, 0)], attention_share(settings, tokens))
 
 
 def least_tokens(cost: PrefillCost, settings: SparseSettings) -> int:

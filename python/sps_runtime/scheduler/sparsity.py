@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sps_runtime.costmodel.sparse import LONGEST
 from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.sparse.audit_summary import summarize
 from sps_runtime.types.attention import (
@@ -14,6 +15,8 @@ from sps_runtime.types.attention import (
     SparseCounters,
     SparseSettings,
 )
+
+NEVER_PAYS = "with these settings exact attention is never slower"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class SparseRules:
         if settings.estimator == "stride" and self.page_size % settings.stride:
             return f"a stride of {settings.stride} does not divide pages of {self.page_size} tokens"
         if prompt_len < (least := self.least_tokens(settings)):
-            return f"the prompt is shorter than {least} tokens"
+            paying = f"{least} tokens, from where on csa is sooner"
+            return f"the prompt is shorter than {paying}" if least < LONGEST else NEVER_PAYS
         if not self._fits(settings, prompt_len):
             return "the KV cache is too small for superblocks"
         return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sps_runtime.costmodel.sparse import expected_density
+from sps_runtime.costmodel.sparse import attention_share
 from sps_runtime.scheduler.budget import pages_for
 from sps_runtime.scheduler.chunking import chunk_limit, superblock_pages
 from sps_runtime.scheduler.policies.decode import decode_steps
@@ -121,7 +121,7 @@ class Sps:
             works = [(tokens, run.sent)] * min(share, packed)
             return view.costs.prefill_seconds(degree, works, density) * (rounds + 1) / 2
 
-        density = 1.0 if run.sparse_now is None else expected_density(run.sparse_now, run.target)
+        density = 1.0 if run.sparse_now is None else attention_share(run.sparse_now, run.target)
         parts = -(-self._missing(view, run) // self._unit(view, run))
         return min(range(1, max(1, min(sp_size, parts)) + 1), key=mean_time)
 
