@@ -99,6 +99,7 @@ class ShardLayout:
         pages: all sequences' pages.
         board_slots: of each sequence.
         sparse: how each sequence is prefilled in this step; None where it reads all pages.
+        sparse_decode: the settings of sequences whose generated token reads chosen pages.
         summaries_from: as in `SequencePlan`.
         ends: whether each sequence's prompt ends with this step (or ended before).
         rows: rows that each member computes.
@@ -119,6 +120,7 @@ class ShardLayout:
         self.pages = _page_table(plan, self.lengths, page_size, pages_per_rank)
         self.board_slots = tuple(s.slot for s in plan.sequences)
         self.sparse = tuple(_sparse_prefill(s, plan) for s in plan.sequences)
+        self.sparse_decode = tuple(_sparse_decode(s) for s in plan.sequences)
         self.ends = tuple(s.sample is not None for s in plan.sequences)
         self.summaries_from = tuple(s.summaries_from for s in plan.sequences)
         first_token = np.cumsum(self.counts) - self.counts
@@ -217,6 +219,16 @@ def _sparse_prefill(sequence: SequencePlan, plan: StepPlan) -> SparseSettings | 
         return None
     alone = sequence.count == 1 or sequence.start != sparse.align(sequence.start)
     return None if alone else sparse
+
+
+def _sparse_decode(sequence: SequencePlan) -> SparseSettings | None:
+    """The settings of a sequence whose new token is generated and reads chosen pages. One at a
+    superblock's beginning reads all: it might be a prompt's."""
+    sparse = sequence.attention.sparse
+    if sparse is None or sparse.decode == "exact" or sequence.count > 1:
+        return None
+    published = sparse.estimator == "stride"  # which makes no summaries
+    return None if published or sequence.start == sparse.align(sequence.start) else sparse
 
 
 def _page_table(plan: StepPlan, lengths: Ints, page_size: int, pages_per_rank: int) -> PageTable:

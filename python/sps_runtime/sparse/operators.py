@@ -102,6 +102,19 @@ class SparseOperators(Protocol):
         (``k_pools``) exactly; shares, superblock, budget, tau as in `sparse.selection`."""
         ...
 
+    def masses(
+        self,
+        q_HD: Tensor,
+        page_ids: Tensor,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Tensor:
+        """Estimated log mass of full pages (int32 ids) for one query ``[heads, head_dim]``: fp32
+        ``[heads, pages]``, natural log."""
+        ...
+
     def tail(
         self,
         q_THD: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sps_runtime.sparse import blob
 from sps_runtime.sparse.estimators.protocol import Estimator, ProbingEstimator
-from sps_runtime.sparse.estimators.registry import estimator, whole_blocks
+from sps_runtime.sparse.estimators.registry import BLOCK, estimator, whole_blocks
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
 from sps_runtime.sparse.reference import Block, choose, own_block
 from sps_runtime.sparse.selection import SelectionSettings
@@ -70,6 +70,22 @@ class TorchOperators:
             for each, kept in zip(superblock, choose(blocks, known, use, wide), strict=True):
                 chosen.add(each, kept, ids)
         return chosen.done()
+
+    def masses(
+        self,
+        q_HD: Tensor,
+        page_ids: Tensor,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Tensor:
+        found = estimator(settings.estimator)
+        if isinstance(found, ProbingEstimator):  # has no last block to ask
+            found = estimator(BLOCK)
+        pages = _Pages(k_pools, summaries, q_HD.dtype, found)
+        q_KGTD = _by_head(q_HD[None], pages.kv_heads, scale)
+        return found.log_mass(q_KGTD, pages.summaries(page_ids))[:, :, 0].flatten(0, 1)
 
     def tail(
         self,

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.sequence_parallel.mixed import strided_sequences, with_stride
+from sps_runtime.attention.sequence_parallel.mixed import divided, special_parts
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.registry import resolve
@@ -73,5 +73,5 @@ def sequence_attention(
         attention: Callable[..., Tensor] = factory(StepState(layout, context))
         return attention
 
-    strided = strided_sequences(layout)
-    return with_stride(plan, layout, context, strided, rest) if strided else rest(plan, layout)
+    special = special_parts(layout)
+    return divided(plan, layout, context, special, rest) if special else rest(plan, layout)
