@@ -12,7 +12,7 @@ import msgspec
 from sps_runtime.config.process import GrammarWorkerConfig
 from sps_runtime.frontend.grammar_worker import HEADER, Prepared, Rejected, Verdict
 from sps_runtime.ipc.process import Child, spawn
-from sps_runtime.types.errors import InvalidRequest, QueueFull
+from sps_runtime.types.errors import EngineDead, InvalidRequest, QueueFull
 from sps_runtime.types.grammar import GrammarSpec
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class GrammarChecker:
         Raises:
             InvalidRequest: the grammar is wrong, too large or takes too long.
             QueueFull: too many others wait.
+            EngineDead: the worker does not start.
         """
         if len(spec.source) > MAX_GRAMMAR_CHARS:
             raise _refusal(field, f"is longer than {MAX_GRAMMAR_CHARS} characters")
@@ -124,14 +125,11 @@ class GrammarChecker:
             self._waiting -= 1
 
     async def _ask(self, spec: GrammarSpec) -> Verdict:
+        worker = await self._started()
         try:
-            if self._worker is None:
-                self._worker = await _Worker.start(self._config)
-                async with asyncio.timeout(self._start_s):
-                    await self._worker.answer()
-            self._worker.ask(spec)
+            worker.ask(spec)
             async with asyncio.timeout(self._timeout_s):
-                return await self._worker.answer()
+                return await worker.answer()
         except TimeoutError:
             self.close()
             return Rejected(f"it takes longer than {self._timeout_s:g} s to compile")
@@ -139,6 +137,18 @@ class GrammarChecker:
             logger.warning("the grammar worker ended over a grammar")
             self.close()
             return Rejected("it needs too much memory, or cannot be compiled")
+
+    async def _started(self) -> _Worker:
+        if self._worker is None:
+            self._worker = await _Worker.start(self._config)
+            try:
+                async with asyncio.timeout(self._start_s):
+                    await self._worker.answer()
+            except (TimeoutError, _WorkerGone):
+                self.close()
+                logger.error("the grammar worker does not start")
+                raise EngineDead("grammars cannot be compiled now") from None
+        return self._worker
 
     def _remember(self, spec: GrammarSpec, verdict: Verdict) -> None:
         self._known[spec] = verdict

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sps_runtime.server import admin, probes, tokenize
+from sps_runtime.server.anthropic_messages import count_tokens, messages
 from sps_runtime.server.auth import Access, Keys
 from sps_runtime.server.error_handlers import handle_error
 from sps_runtime.server.openai_chat import chat_completions
@@ -43,6 +44,8 @@ ROUTES = (
     RouteSpec("/metrics", _GET, Access.PUBLIC, probes.metrics),
     RouteSpec("/v1/completions", _POST, Access.USER, completions),
     RouteSpec("/v1/chat/completions", _POST, Access.USER, chat_completions),
+    RouteSpec("/v1/messages", _POST, Access.USER, messages),
+    RouteSpec("/v1/messages/count_tokens", _POST, Access.USER, count_tokens),
     RouteSpec("/v1/models", _GET, Access.USER, admin.list_models),
     RouteSpec("/v1/models/{model:path}", _GET, Access.USER, admin.get_model),
     RouteSpec("/v1/loads", _GET, Access.USER, admin.loads),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -30,6 +31,39 @@ _HEADERS = {
 Events = Callable[[Output], Iterable[Any]]
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How events look on the wire.
+
+    Attributes:
+        event: one JSON-able event.
+        failed: an exception, as the last event.
+        end: what follows the last event.
+    """
+
+    event: Callable[[Any], bytes]
+    failed: Callable[[Exception], bytes]
+    end: bytes = b""
+
+
+def data_event(payload: Any) -> bytes:
+    """An event without a name."""
+    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+def named_event(payload: Mapping[str, Any]) -> bytes:
+    """An event with the name that its ``type`` is."""
+    return b"event: %s\n%s" % (str(payload["type"]).encode(), data_event(payload))
+
+
+def _failed(error: Exception) -> bytes:
+    return data_event({"error": describe(error)[1]["error"]})
+
+
+DATA_ONLY = Framing(data_event, _failed, _DONE)
+"""SGLang's and OpenAI's first APIs: nameless events, then ``[DONE]``."""
+
+
 class EventStream:
     """The streamed answer of an admitted group.
 
@@ -40,6 +74,7 @@ class EventStream:
         opening: events sent before the first output.
         closing: makes the events after the last one.
         headers: further response headers.
+        framing: how events look.
     """
 
     def __init__(
@@ -51,6 +86,7 @@ class EventStream:
         opening: Iterable[Any] = (),
         closing: Callable[[], Iterable[Any]] = tuple,
         headers: Mapping[str, str] | None = None,
+        framing: Framing = DATA_ONLY,
     ) -> None:
         self._request = call.request
         self._timeouts = call.service.timeouts
@@ -58,6 +94,7 @@ class EventStream:
         self._events = events
         self._opening = opening
         self._closing = closing
+        self._framing = framing
         self._headers = {**_HEADERS, **request_id_header(call.request), **(headers or {})}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,14 +118,14 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        yield b"".join(map(_event, self._opening))
+        yield self._joined(self._opening)
         try:
             async for chunk in self._output_chunks():
                 yield chunk
-            yield b"".join(map(_event, self._closing()))
+            yield self._joined(self._closing())
         except Exception as error:
-            yield _event({"error": describe(error)[1]["error"]})
-        yield _DONE
+            yield self._framing.failed(error)
+        yield self._framing.end
 
     async def _output_chunks(self) -> AsyncIterator[bytes]:
         while True:
@@ -100,8 +137,7 @@ class EventStream:
                 yield _PING
                 continue
             raise_failure(output.finish)
-            yield b"".join(map(_event, self._events(output)))
+            yield self._joined(self._events(output))
 
-
-def _event(payload: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+    def _joined(self, events: Iterable[Any]) -> bytes:
+        return b"".join(map(self._framing.event, events))

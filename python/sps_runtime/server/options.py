@@ -82,6 +82,9 @@ OPENAI = frozenset(
         "response_prefix",
     }
 )
+ANTHROPIC = frozenset(
+    {"container", "context_management", "mcp_servers", "prefill", "output_format"}
+)
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "function_call": ("none", "auto"),
