@@ -92,7 +92,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     torch.set_num_threads(engine.threads_per_rank)
     place = Place.of(config.rank, engine.parallel)
     began = time.monotonic()
-    ops = _choose_ops(engine.attention_backend, engine.threads_per_rank)
+    ops = _choose_ops(engine.attention_backend, engine.threads_per_rank, engine.spin_s)
     operators = trace_operators(ops.operators, timeline)
     model = _load(child, place, operators)
     dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
@@ -164,14 +164,17 @@ def _measure_decode(model: Decoder, means: AttentionContext, arch: Arch) -> Deco
     return measure_decode(model, _all_links(means), means.ops)
 
 
-def _choose_ops(name: str, threads: int) -> Ops:
+def _choose_ops(name: str, threads: int, spin_s: float) -> Ops:
     """Raises ConfigError for a name that is none, or kernels that cannot be had."""
     if name not in ("auto", "sps_kernel", "torch"):
         raise ConfigError(f"attention backend {name!r} is none of auto, sps_kernel, torch")
     try:
-        return choose_ops(name, threads)  # type: ignore[arg-type]
+        ops = choose_ops(name, threads)  # type: ignore[arg-type]
     except ImportError as error:
         raise ConfigError(f"attention backend sps_kernel cannot be imported: {error}") from None
+    if ops.kernels is not None and threads > 1:
+        ops.kernels.set_pool_spin(spin_s)
+    return ops
 
 
 def _load(child: ChildContext[RankConfig], place: Place, ops: Operators) -> Decoder:

@@ -39,6 +39,9 @@ def sample(
             any token, and the reason.
     """
     planned = [plan.sequences[index] for index in sequences]
+    if all(sequence.sample is not None and _plain(sequence.sample) for sequence in planned):
+        greedy = _argmax(logits_RV.to(torch.float32)).tolist()
+        return [SampledToken(s.slot, token) for s, token in zip(planned, greedy, strict=True)]
     samples = [sequence.sample for sequence in planned if sequence.sample is not None]
     positions = [sequence.start + sequence.count for sequence in planned]
     known = [board_tokens.get(index) for index in sequences]
@@ -99,6 +102,13 @@ def _argmax(logits_RV: Tensor) -> Tensor:
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(dim=-1)
     return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
+
+
+def _plain(sample_plan: SamplePlan) -> bool:
+    """Whether the largest logit is all that is wanted."""
+    return (
+        _greedy(sample_plan.params) and sample_plan.logprobs is None and not has_edits(sample_plan)
+    )
 
 
 def _greedy(params: SamplingParams) -> bool:

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include "sps/cpu.h"
+#include "sps/thread_pool.h"
 
 namespace nb = nanobind;
 
@@ -29,6 +30,10 @@ NB_MODULE(_core, m) {
   m.def("available_isas", &available_isas);
   m.def("current_isa", [] { return sps::isa_name(sps::current_isa()); });
   m.def("set_isa", &sps::set_isa, nb::arg("name"));
+  m.def("set_pool_spin", [](double seconds) {
+    if (!(seconds >= 0 && seconds < 1)) throw nb::value_error("seconds must be in [0, 1)");
+    sps::set_pool_spin(seconds);
+  });
   m.attr("compiler") = __VERSION__;
 #ifdef __SANITIZE_ADDRESS__
   m.attr("sanitized") = true;

@@ -5,6 +5,10 @@
 
 namespace sps {
 
+// How long a worker that has nothing to do, and a caller that waits for workers, look before they
+// sleep; 0 at first. For processes whose threads have cores of their own.
+void set_pool_spin(double seconds);
+
 using TaskFn = void (*)(void* context, int64_t index);
 
 // Runs fn(context, i) for i in [0, n) on at most `threads` threads, the caller among them. Tasks

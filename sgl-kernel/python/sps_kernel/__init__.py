@@ -6,7 +6,14 @@ released while a kernel runs.
 """
 
 from sps_kernel.attention import ITEM_FIELDS, KVPools, paged_attention
-from sps_kernel.build import available_isas, build_info, cpu_features, current_isa, set_isa
+from sps_kernel.build import (
+    available_isas,
+    build_info,
+    cpu_features,
+    current_isa,
+    set_isa,
+    set_pool_spin,
+)
 from sps_kernel.elementwise import rms_norm, rope, rope_kv_write, silu_mul
 from sps_kernel.fence import (
     fetch_add,
@@ -66,6 +73,7 @@ __all__ = [
     "rope_kv_write",
     "sample",
     "set_isa",
+    "set_pool_spin",
     "silu_mul",
     "small_gemm",
     "store_release",

@@ -34,6 +34,15 @@ def set_isa(name: str) -> None:
     _core.set_isa(name)
 
 
+def set_pool_spin(seconds: float) -> None:
+    """How long idle threads of this process's pool look for work before they sleep; 0 at first.
+
+    For processes whose threads have cores of their own: between two kernels of a decode step lie
+    microseconds, less than a waking takes. Raises ``ValueError`` outside of [0, 1).
+    """
+    _core.set_pool_spin(seconds)
+
+
 def build_info() -> dict[str, str | bool | list[str]]:
     """How the extension was built, and what of it is in use, for reports such as ``sps doctor``."""
     return {
