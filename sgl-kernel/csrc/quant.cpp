@@ -66,8 +66,7 @@ void quant_linear(const PackedLinearParams& p, int threads) {
   const int64_t panels = panels_of(p.row_end - p.row_begin);
   if (p.m == 0 || panels == 0) return;
   const KernelTable& table = kernels();
-  const int64_t columns = (p.column_end - p.column_begin + kQuantBlock - 1) / kQuantBlock *
-                          kQuantBlock;
+  const int64_t columns = (packed_columns(p) + kQuantBlock - 1) / kQuantBlock * kQuantBlock;
   if (p.m >= kQuantManyRows) {
     return over_panels(threads, panels, [&](int64_t begin, int64_t end) {
       table.quant_many(p, begin, end);

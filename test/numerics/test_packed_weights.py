@@ -33,7 +33,7 @@ def unpacked(weight: PackedWeight | PlainWeight) -> torch.Tensor:
     packing = OPS.packing()
     assert packing is not None
     whole = packing.kernels.unpack_weight(
-        weight.packed, weight.n, weight.k, weight.kind, torch.float32, weight.group
+        weight.packed, weight.n, weight.k, weight.kind, torch.float32, weight.group, weight.cuts
     )
     return whole[slice(*weight.row_range), slice(*weight.column_range)]
 
@@ -47,11 +47,15 @@ def test_every_architecture_is_packed_as_it_was(case: str, dtype: str, tmp_path:
     for tp in (1, 2, 4):
         if config.num_heads % tp:
             continue
-        spec = LoadSpec(tmp_path, dtype, tp_size=tp)
+        spec = LoadSpec(tmp_path, dtype, tp_size=tp, sp_size=tp + 1)
         plain, packed = load_weights(config, spec), load_weights(config, spec, ops=OPS)
         for rank in range(tp):
             expected, got = plain.matrices(rank), packed.matrices(rank)
             assert list(expected) == list(got)
+            down = got["layers.0.down"]
+            assert isinstance(down, PackedWeight)
+            bounds = unit_shares(down.k, packed.layout.unit, tp + 1)
+            assert down.cuts == tuple(begin for begin, _ in bounds[1:])
             for name, weight in got.items():
                 assert torch.equal(unpacked(weight), unpacked(expected[name])), name
             kinds = {name.split(".")[-1]: isinstance(w, PackedWeight) for name, w in got.items()}
@@ -70,15 +74,17 @@ def test_every_architecture_is_packed_as_it_was(case: str, dtype: str, tmp_path:
 def test_shares_of_a_packed_weight_multiply_as_shares_of_a_plain_one(
     parts: int, quantization: Quantization, dtype: torch.dtype
 ) -> None:
-    """q, k and v by heads, and hidden columns by units; 5 ranks do not find 5 units everywhere."""
+    """q, k and v by heads, and hidden columns by units; 5 ranks do not find 5 units everywhere, and
+    columns lie as two ranks share them."""
     packing = OPS.packing(quantization)
     assert packing is not None
     make = torch.Generator().manual_seed(parts)
     tensor = torch.randn(6 * 16 + 3, 200, generator=make).to(dtype)
     kind = packing.kind(dtype, "")
-    memory = torch.empty(packing.nbytes(*tensor.shape, kind), dtype=torch.uint8)
-    packing.pack(tensor, kind, memory)
-    packed = packing.weight(memory, *tensor.shape, kind)
+    cuts = tuple(begin for begin, _ in unit_shares(200, packing.unit, 2)[1:])
+    memory = torch.empty(packing.nbytes(*tensor.shape, kind, cuts), dtype=torch.uint8)
+    packing.pack(tensor, kind, memory, cuts)
+    packed = packing.weight(memory, *tensor.shape, kind, cuts)
     forms = PlainWeight(unpacked(packed).to(dtype)), packed
     bias = torch.randn(len(tensor), generator=make).to(dtype)
 

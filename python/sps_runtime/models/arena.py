@@ -51,7 +51,8 @@ class Arena:
         if self.layout.packing is None or not entry.kind:
             return PlainWeight(self.tensor(entry))
         rows, columns = entry.shape
-        return self.layout.packing.weight(self.bytes_of(entry), rows, columns, entry.kind)
+        packed, packing = self.bytes_of(entry), self.layout.packing
+        return packing.weight(packed, rows, columns, entry.kind, entry.cuts)
 
     def tensors(self, tp_rank: int) -> dict[str, Tensor]:
         """name -> view of tables, norms and biases, for one TP rank."""

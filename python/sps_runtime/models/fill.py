@@ -48,6 +48,7 @@ def _pack(arena: Arena, entry: Entry, source: TensorSource, packing: Packing) ->
     """Parts begin at panels of their own, so each is packed by itself."""
     begin, target = 0, arena.bytes_of(entry)
     for part in entry.parts:
-        end = begin + packing.nbytes(*part.shape, entry.kind)
-        packing.pack(_read(source, part).to(arena.layout.dtype), entry.kind, target[begin:end])
+        end = begin + packing.nbytes(*part.shape, entry.kind, entry.cuts)
+        weight_NK = _read(source, part).to(arena.layout.dtype)
+        packing.pack(weight_NK, entry.kind, target[begin:end], entry.cuts)
         begin = end

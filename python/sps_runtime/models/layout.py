@@ -3,8 +3,10 @@
 Each TP rank's slice is contiguous, with q, k, v adjacent and gate, up adjacent, so that a rank that
 uses its slice whole multiplies by them in one call. Weights that all TP ranks need alike (norms,
 the embedding) lie there once. Weights of linear layers are packed where kernels are there to
-multiply by them (`ops.packing`) and no SP rank's share would cut a panel; all others are plain. A
-tied head is a view of the embedding, or packed beside it.
+multiply by them (`ops.packing`) and no SP rank's share would cut a panel; all others are plain. Of
+packed weights whose columns SP ranks share, each rank's columns are contiguous too: read from among
+the others' they arrive at half the rate. A tied head is a view of the embedding, or packed beside
+it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.distributed.mesh import shares
+from sps_runtime.layers.placement import unit_shares
 from sps_runtime.ops.packing import GROUP, Packing
 from sps_runtime.ops.weight import PANEL_ROWS, column_step
 
@@ -56,6 +59,7 @@ class Entry:
     Attributes:
         linear: whether it is the weight of a linear layer.
         kind: what it is packed as; "" is plain.
+        cuts: columns between which a packed weight lies in memory of its own.
     """
 
     offset: int
@@ -64,6 +68,7 @@ class Entry:
     parts: tuple[Part, ...]
     linear: bool
     kind: str = ""
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,17 @@ class _Weight:
 
 
 def plan_layout(
-    config: ModelConfig, tp_size: int, dtype: torch.dtype, packing: Packing | None = None
+    config: ModelConfig,
+    tp_size: int,
+    dtype: torch.dtype,
+    packing: Packing | None = None,
+    sp_size: int = 1,
 ) -> Layout:
     """Plan the memory of `config`'s weights for `tp_size` ranks (`config.model.check_degrees`).
 
     Args:
         packing: how linear weights are packed, None to have all plain.
+        sp_size: SP ranks that may share the columns of a weight.
     """
     entries: dict[tuple[int, str], Entry] = {}
     unit = PANEL_ROWS if packing is None else packing.unit
@@ -129,12 +139,14 @@ def plan_layout(
         nonlocal end
         parts = _parts(config, weight, tp_size, rank)
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        cuts: tuple[int, ...] = ()
         kind, nbytes = "", prod(shape) * dtype.itemsize
         if packing is not None and weight.linear:
             kind = _packed_kind(weight, parts, packing, dtype)
         if packing is not None and kind:
-            nbytes = packing.nbytes(*shape, kind)
-        entry = Entry(_aligned(end), nbytes, shape, parts, weight.linear, kind)
+            cuts = _cuts(weight, parts, sp_size)
+            nbytes = packing.nbytes(*shape, kind, cuts)
+        entry = Entry(_aligned(end), nbytes, shape, parts, weight.linear, kind, cuts)
         end = entry.offset + nbytes
         return entry
 
@@ -168,6 +180,14 @@ def _packed_kind(
         whole_parts = all(part.shape[0] % PANEL_ROWS == 0 for part in parts[:-1])
         fits = whole_parts and weight.unit % PANEL_ROWS == 0
     return kind if fits else ""
+
+
+def _cuts(weight: _Weight, parts: tuple[Part, ...], sp_size: int) -> tuple[int, ...]:
+    """Columns at which the shares of SP ranks meet, where these share columns."""
+    if parts[0].dim == 0:
+        return ()
+    shares_of_ranks = unit_shares(parts[0].shape[1], weight.unit, sp_size)
+    return tuple(begin for begin, _ in shares_of_ranks[1:])
 
 
 def _tied_head(

@@ -42,6 +42,7 @@ class LoadSpec:
         dtype: ``auto``, ``bfloat16`` or ``float32``.
         load_format: ``dummy`` draws weights from `seed` and needs only the configuration.
         tp_size: TP ranks that the weights are cut for.
+        sp_size: SP ranks that may share a weight's columns.
         quantization: ``int8`` and ``int4`` need operators that pack.
         cache_dir: where packed weights are kept for the next start; None: nowhere.
         cache_from_bytes: smaller weights are packed as fast as a file is found.
@@ -52,6 +53,7 @@ class LoadSpec:
     load_format: LoadFormat = "auto"
     seed: int = 0
     tp_size: int = 1
+    sp_size: int = 1
     quantization: Quantization = "none"
     cache_dir: Path | None = None
     cache_from_bytes: int = 64 << 20
@@ -150,7 +152,7 @@ def _plan(config: ModelConfig, spec: LoadSpec, ops: Operators) -> Layout:
     packing = ops.packing(spec.quantization)
     if spec.quantization != "none" and packing is None:
         raise ConfigError(f"quantization {spec.quantization} needs sps_kernel (see `sps doctor`)")
-    layout = plan_layout(config, spec.tp_size, dtype, packing)
+    layout = plan_layout(config, spec.tp_size, dtype, packing, spec.sp_size)
     plain = sorted({name for name, entry in layout.of(0, linear=True) if not entry.kind})
     if plain and spec.quantization != "none":
         logger.warning("not quantized, shares would cut groups: %s", ", ".join(plain))

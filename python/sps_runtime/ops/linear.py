@@ -48,6 +48,7 @@ def _packed_linear(
     kernel(
         x, weight.packed, weight.n, weight.k, weight.kind, bias, out=out,
         rows=weight.row_range, columns=weight.column_range, group=weight.group, threads=threads,
+        cuts=weight.cuts,
     )  # fmt: skip
     return out
 

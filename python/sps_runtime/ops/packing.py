@@ -45,16 +45,22 @@ class Packing:
             return "bf16" if dtype == torch.bfloat16 else "fp32"
         return "int8" if name == "head" else self.quantization
 
-    def nbytes(self, n: int, k: int, kind: str) -> int:
-        return int(self.kernels.packed_nbytes(n, k, kind, GROUP))
+    def nbytes(self, n: int, k: int, kind: str, cuts: tuple[int, ...] = ()) -> int:
+        return int(self.kernels.packed_nbytes(n, k, kind, GROUP, cuts))
 
-    def pack(self, weight_NK: Tensor, kind: str, out: Tensor) -> None:
-        """Write a bf16 or fp32 matrix (rows may lie apart) to `out`, uint8 of `nbytes`."""
-        self.kernels.pack_weight(weight_NK, kind, out, GROUP, self.threads)
+    def pack(self, weight_NK: Tensor, kind: str, out: Tensor, cuts: tuple[int, ...] = ()) -> None:
+        """Write a bf16 or fp32 matrix (rows may lie apart) to `out`, uint8 of `nbytes`.
 
-    def weight(self, packed: Tensor, n: int, k: int, kind: str) -> PackedWeight:
+        Args:
+            cuts: columns between which the weight lies in memory of its own.
+        """
+        self.kernels.pack_weight(weight_NK, kind, out, GROUP, self.threads, cuts)
+
+    def weight(
+        self, packed: Tensor, n: int, k: int, kind: str, cuts: tuple[int, ...] = ()
+    ) -> PackedWeight:
         """The weight that `pack` wrote."""
-        return PackedWeight.whole(packed, n, k, kind, GROUP)
+        return PackedWeight.whole(packed, n, k, kind, GROUP, cuts)
 
     def checksum(self, memory: Tensor) -> int:
         """CRC-32C of uint8 memory."""

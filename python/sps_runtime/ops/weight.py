@@ -74,6 +74,7 @@ class PackedWeight:
         packed: uint8, of the whole weight.
         kind: ``bf16``, ``fp32``, ``int8`` or ``int4``.
         group: columns that share a scale, where there are scales.
+        cuts: columns between which the weight lies in memory of its own.
         row_range: outputs of this share; multiples of `PANEL_ROWS`, or n.
         column_range: inputs of this share; multiples of `column_step`, or k.
     """
@@ -83,12 +84,15 @@ class PackedWeight:
     k: int
     kind: str
     group: int
+    cuts: tuple[int, ...]
     row_range: tuple[int, int]
     column_range: tuple[int, int]
 
     @classmethod
-    def whole(cls, packed: Tensor, n: int, k: int, kind: str, group: int) -> PackedWeight:
-        return cls(packed, n, k, kind, group, (0, n), (0, k))
+    def whole(
+        cls, packed: Tensor, n: int, k: int, kind: str, group: int, cuts: tuple[int, ...] = ()
+    ) -> PackedWeight:
+        return cls(packed, n, k, kind, group, cuts, (0, n), (0, k))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -187,6 +187,7 @@ def _load(child: ChildContext[RankConfig], place: Place, ops: Operators) -> Deco
         engine.load_format,
         engine.seed,
         engine.parallel.tp_size,
+        engine.parallel.sp_size,
         engine.quantization,
         Path(engine.weight_cache_dir) if engine.weight_cache_dir else None,
     )

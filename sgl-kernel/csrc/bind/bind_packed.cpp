@@ -1,5 +1,9 @@
 // Python's view of packed weights and of the checksum that guards them on disk.
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "bind/module.h"
 #include "bind/program.h"
@@ -27,50 +31,103 @@ PackedLayout layout_of(int64_t n, int64_t k, const char* kind, int64_t group) {
   return layout;
 }
 
-const Tensor& need_packed(const Tensor& packed, const PackedLayout& layout) {
-  return packed.need_dtype(DType::kU8).need_shape({packed_bytes(layout)}).need_contiguous();
+// Columns that must not be parted.
+int64_t unit_of(const PackedLayout& layout) {
+  if (quantized(layout.kind)) return layout.group;
+  return layout.kind == PackedKind::kBf16 ? 2 : 1;
 }
 
-int64_t packed_nbytes(int64_t n, int64_t k, const char* kind, int64_t group) {
-  return packed_bytes(layout_of(n, k, kind, group));
+using Cuts = std::vector<int64_t>;
+
+// A part of a weight along k, packed by itself.
+struct Slice {
+  PackedLayout layout;
+  int64_t column, offset;  // its first column, and where it lies among the packed bytes
+};
+
+struct Slices {
+  std::vector<Slice> slices;
+  int64_t nbytes = 0;
+
+  Slices(const PackedLayout& whole, Cuts cuts) {
+    cuts.push_back(whole.k);
+    int64_t begin = 0;
+    for (size_t i = 0; i < cuts.size(); begin = cuts[i++]) {
+      const bool last = i + 1 == cuts.size();
+      if (cuts[i] < begin || cuts[i] > whole.k || (!last && cuts[i] % unit_of(whole) != 0))
+        value_error("cuts must ascend within [0, k] by multiples of " +
+                    std::to_string(unit_of(whole)));
+      PackedLayout layout = whole;
+      layout.k = cuts[i] - begin;
+      slices.push_back({layout, begin, nbytes});
+      nbytes += packed_bytes(layout);
+    }
+  }
+};
+
+const Tensor& need_packed(const Tensor& packed, const Slices& slices) {
+  return packed.need_dtype(DType::kU8).need_shape({slices.nbytes}).need_contiguous();
 }
 
-PackParams pack_params(const Tensor& weight, const Tensor& packed, const PackedLayout& layout) {
-  weight.need_float().need_shape({layout.n, layout.k}).need_last_contiguous();
-  need_packed(packed, layout);
-  return {layout, packed.data, weight.data, weight.byte_stride(0), weight.dtype == DType::kBf16};
+int64_t packed_nbytes(int64_t n, int64_t k, const char* kind, int64_t group, const Cuts& cuts) {
+  return Slices(layout_of(n, k, kind, group), cuts).nbytes;
 }
 
-void pack(nb::handle weight_, const char* kind, nb::handle out_, int64_t group, int threads) {
-  const Tensor weight(weight_, "weight"), out(out_, "out", true);
+// Calls f for each slice with its parameters.
+template <class F>
+void over_slices(const Tensor& weight, const Tensor& packed, const char* kind, int64_t group,
+                 const Cuts& cuts, F&& f) {
   weight.need_ndim(2);
-  check_threads(threads);
   const PackedLayout layout = layout_of(weight.shape[0], weight.shape[1], kind, group);
-  const PackParams params = pack_params(weight, out, layout);
+  weight.need_float().need_last_contiguous();
+  const Slices slices(layout, cuts);
+  need_packed(packed, slices);
   nb::gil_scoped_release release;
-  pack_weight(params, threads);
+  for (const Slice& s : slices.slices)
+    f(PackParams{s.layout, packed.data + s.offset, weight.data + s.column * weight.item_bytes(),
+                 weight.byte_stride(0), weight.dtype == DType::kBf16});
 }
 
-void unpack(nb::handle packed_, const char* kind, int64_t group, nb::handle out_) {
+void pack(nb::handle weight_, const char* kind, nb::handle out_, int64_t group, int threads,
+          const Cuts& cuts) {
+  const Tensor weight(weight_, "weight"), out(out_, "out", true);
+  check_threads(threads);
+  over_slices(weight, out, kind, group, cuts,
+              [&](const PackParams& params) { pack_weight(params, threads); });
+}
+
+void unpack(nb::handle packed_, const char* kind, int64_t group, nb::handle out_,
+            const Cuts& cuts) {
   const Tensor packed(packed_, "packed"), out(out_, "out", true);
-  out.need_ndim(2);
-  const PackedLayout layout = layout_of(out.shape[0], out.shape[1], kind, group);
-  const PackParams params = pack_params(out, packed, layout);
-  nb::gil_scoped_release release;
-  unpack_weight(params);
+  over_slices(out, packed, kind, group, cuts,
+              [](const PackParams& params) { unpack_weight(params); });
 }
 
-void need_slice(const PackedLinearParams& p) {
-  const int64_t n = p.layout.n, k = p.layout.k;
-  const auto whole = [](int64_t at, int64_t of, int64_t end) { return at % of == 0 || at == end; };
-  if (p.row_begin < 0 || p.row_end < p.row_begin || p.row_end > n ||
-      !whole(p.row_begin, kPanelOutputs, n) || !whole(p.row_end, kPanelOutputs, n))
+void need_rows(const PackedLayout& layout, int64_t begin, int64_t end) {
+  const auto whole = [&](int64_t at) { return at % kPanelOutputs == 0 || at == layout.n; };
+  if (begin < 0 || end < begin || end > layout.n || !whole(begin) || !whole(end))
     value_error("rows must begin and end at multiples of 16 (or at n) within [0, n]");
-  const int64_t pair = p.layout.kind == PackedKind::kBf16 ? 2 : 1;
-  const int64_t cell = quantized(p.layout.kind) ? p.layout.group : pair;
-  if (p.column_begin < 0 || p.column_end < p.column_begin || p.column_end > k ||
-      !whole(p.column_begin, cell, k) || !whole(p.column_end, cell, k))
-    value_error("columns must begin and end at multiples of " + std::to_string(cell) +
+}
+
+// Columns [begin, end) of each slice that has some; one piece at least.
+std::vector<PackedPiece> pieces_of(const Slices& slices, const char* packed, int64_t begin,
+                                   int64_t end) {
+  std::vector<PackedPiece> pieces;
+  for (const Slice& s : slices.slices) {
+    const int64_t first = std::max(begin - s.column, int64_t{0});
+    const int64_t last = std::min(end - s.column, s.layout.k);
+    if (first < last || (pieces.empty() && &s == &slices.slices.back()))
+      pieces.push_back({s.layout, panel_bytes(s.layout), packed + s.offset, first,
+                        std::max(first, last)});
+  }
+  return pieces;
+}
+
+void need_columns(const PackedLayout& layout, int64_t begin, int64_t end) {
+  const int64_t unit = unit_of(layout);
+  const auto whole = [&](int64_t at) { return at % unit == 0 || at == layout.k; };
+  if (begin < 0 || end < begin || end > layout.k || !whole(begin) || !whole(end))
+    value_error("columns must begin and end at multiples of " + std::to_string(unit) +
                 " (or at k) within [0, k]");
 }
 
@@ -85,7 +142,7 @@ Range range_of(nb::handle pair, int64_t all) {
 
 void linear(nb::handle x_, nb::handle packed_, int64_t n, int64_t k, const char* kind,
             nb::handle bias_, nb::handle out_, nb::handle rows, nb::handle columns,
-            int64_t group, int threads) {
+            int64_t group, int threads, const Cuts& cuts) {
   const Tensor x(x_, "x"), packed(packed_, "packed"), out(out_, "out", true);
   check_threads(threads);
   PackedLinearParams p{};
@@ -93,18 +150,18 @@ void linear(nb::handle x_, nb::handle packed_, int64_t n, int64_t k, const char*
   const Range row = range_of(rows, n), column = range_of(columns, k);
   p.row_begin = row.begin;
   p.row_end = row.end;
-  p.column_begin = column.begin;
-  p.column_end = column.end;
-  need_slice(p);
+  need_rows(p.layout, row.begin, row.end);
+  need_columns(p.layout, column.begin, column.end);
   const int64_t width = row.end - row.begin;
-  need_packed(packed, p.layout);
+  const Slices slices(p.layout, cuts);
+  need_packed(packed, slices);
+  p.pieces = pieces_of(slices, packed.data, column.begin, column.end);
   x.need_shape({-1, column.end - column.begin}).need_last_contiguous();
   if (quantized(p.layout.kind))
     x.need_float();
   else
     x.need_dtype(p.layout.kind == PackedKind::kF32 ? DType::kF32 : DType::kBf16);
   out.need_float().need_shape({x.shape[0], width}).need_last_contiguous();
-  p.packed = packed.data;
   p.x = x.data;
   p.x_stride = x.byte_stride(0);
   p.x_bf16 = x.dtype == DType::kBf16;
@@ -145,7 +202,7 @@ void bind_packed(nb::module_& m) {
   m.def("unpack_weight", &unpack);
   m.def("packed_linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("n"), nb::arg("k"),
         nb::arg("kind"), nb::arg("bias").none(), nb::arg("out"), nb::arg("rows").none(),
-        nb::arg("columns").none(), nb::arg("group"), nb::arg("threads"));
+        nb::arg("columns").none(), nb::arg("group"), nb::arg("threads"), nb::arg("cuts"));
   m.def("crc32c", &checksum);
   m.def("crc32c_generic", &checksum_generic);
 }

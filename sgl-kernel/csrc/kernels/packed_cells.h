@@ -13,14 +13,15 @@ constexpr int kPanelCellBytes = 64;
 constexpr int kPanelRegs = 16 / Wide::W;  // registers that hold one number of each output
 
 // kWeightRegs, kXRegs: registers that a loaded cell of a panel, and a broadcast cell of x, take. A
-// tile has up to kRows rows of x and kPanels panels, or up to kFewRows rows and kFewPanels panels.
+// tile has up to kRows rows of x and kPanels panels, or up to kFewRows rows and kFewPanels panels,
+// or one row and kOneRowPanels (as few as keep up with memory).
 struct CellF32 {
   static constexpr int kWeightRegs = kPanelRegs, kXRegs = 1;
   static constexpr PackedKind kKind = PackedKind::kF32;
 #ifdef SPS_WIDE_REGISTERS
-  static constexpr int kPanels = 2, kRows = 14, kFewPanels = 4, kFewRows = 7;
+  static constexpr int kPanels = 2, kRows = 14, kFewPanels = 4, kFewRows = 7, kOneRowPanels = 1;
 #else
-  static constexpr int kPanels = 1, kRows = 6, kFewPanels = 1, kFewRows = 6;
+  static constexpr int kPanels = 1, kRows = 6, kFewPanels = 1, kFewRows = 6, kOneRowPanels = 1;
 #endif
   static void load(const char* panel, Wide::reg* w) {
     for (int i = 0; i < kPanelRegs; ++i) w[i] = Wide::load(panel + i * Wide::W * 4);
@@ -36,9 +37,9 @@ struct CellBf16AsF32 {
   static constexpr int kWeightRegs = 2 * kPanelRegs, kXRegs = 2;
   static constexpr PackedKind kKind = PackedKind::kBf16;
 #ifdef SPS_WIDE_REGISTERS
-  static constexpr int kPanels = 2, kRows = 12, kFewPanels = 2, kFewRows = 12;
+  static constexpr int kPanels = 2, kRows = 12, kFewPanels = 2, kFewRows = 12, kOneRowPanels = 2;
 #else
-  static constexpr int kPanels = 1, kRows = 4, kFewPanels = 1, kFewRows = 4;
+  static constexpr int kPanels = 1, kRows = 4, kFewPanels = 1, kFewRows = 4, kOneRowPanels = 1;
 #endif
   static void load(const char* panel, Wide::reg* w) {
     for (int i = 0; i < kPanelRegs; ++i) {
@@ -64,7 +65,7 @@ struct CellBf16AsF32 {
 struct CellBf16 {
   static constexpr int kWeightRegs = 1, kXRegs = 1;
   static constexpr PackedKind kKind = PackedKind::kBf16;
-  static constexpr int kPanels = 2, kRows = 14, kFewPanels = 4, kFewRows = 7;
+  static constexpr int kPanels = 2, kRows = 14, kFewPanels = 4, kFewRows = 7, kOneRowPanels = 1;
   static void load(const char* panel, Wide::reg* w) { w[0] = Wide::load(panel); }
   static void broadcast(const char* x, Wide::reg* r) { r[0] = Wide::bcast(x); }
   static void dot(const Wide::reg* w, const Wide::reg* x, Wide::reg* acc) {

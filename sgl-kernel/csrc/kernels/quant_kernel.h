@@ -7,22 +7,33 @@
 namespace sps {
 namespace SPS_ISA_NS {
 
-using QuantTileFn = void (*)(const QuantTile&);
+using QuantTileFn = const char* (*)(const QuantTile&);
 
 struct QuantTileSize {
-  int rows;
+  int rows, digits;
   QuantTileFn fn;
 };
 
 #ifdef SPS_WIDE_REGISTERS
 constexpr int kQuantMostRows = 12;
-#define SPS_QUANT_TILES(tile, C)                                                            \
-  {{1, tile<C, 1>}, {2, tile<C, 2>}, {3, tile<C, 3>}, {4, tile<C, 4>}, {6, tile<C, 6>},     \
-   {8, tile<C, 8>}, {10, tile<C, 10>}, {12, tile<C, 12>}}
+#define SPS_QUANT_TILES(size, C) \
+  {size<C, 1>(), size<C, 2>(), size<C, 3>(), size<C, 4>(), size<C, 6>(), size<C, 8>(), \
+   size<C, 10>(), size<C, 12>()}
 #else
 constexpr int kQuantMostRows = 4;
-#define SPS_QUANT_TILES(tile, C) \
-  {{1, tile<C, 1>}, {2, tile<C, 2>}, {3, tile<C, 3>}, {4, tile<C, 4>}}
+#define SPS_QUANT_TILES(size, C) {size<C, 1>(), size<C, 2>(), size<C, 3>(), size<C, 4>()}
+#endif
+
+template <class Cells, int kRows>
+constexpr QuantTileSize float_size() {
+  return {kRows, 0, quant_tile<Cells, kRows>};
+}
+
+#ifdef SPS_HAS_VNNI
+template <class Codes, int kRows>
+constexpr QuantTileSize fixed_size() {
+  return {kRows, Codes::digits(kRows), fixed_tile<Codes, kRows>};
+}
 #endif
 
 // The smallest tile of at least m rows, else the largest.
@@ -49,12 +60,12 @@ static bool quant_fixed(const PackedLinearParams& p) {
 static QuantTileSize quant_tile_for(const PackedLinearParams& p, int64_t m) {
   const bool int8 = p.layout.kind == PackedKind::kInt8;
 #ifdef SPS_HAS_VNNI
-  static constexpr QuantTileSize int8_fixed[] = SPS_QUANT_TILES(fixed_tile, Int8Bytes);
-  static constexpr QuantTileSize int4_fixed[] = SPS_QUANT_TILES(fixed_tile, Int4Bytes);
+  static constexpr QuantTileSize int8_fixed[] = SPS_QUANT_TILES(fixed_size, Int8Bytes);
+  static constexpr QuantTileSize int4_fixed[] = SPS_QUANT_TILES(fixed_size, Int4Bytes);
   if (quant_fixed(p)) return smallest_tile(int8 ? int8_fixed : int4_fixed, m);
 #endif
-  static constexpr QuantTileSize int8_floats[] = SPS_QUANT_TILES(quant_tile, Int8AsF32);
-  static constexpr QuantTileSize int4_floats[] = SPS_QUANT_TILES(quant_tile, Int4AsF32);
+  static constexpr QuantTileSize int8_floats[] = SPS_QUANT_TILES(float_size, Int8AsF32);
+  static constexpr QuantTileSize int4_floats[] = SPS_QUANT_TILES(float_size, Int4AsF32);
   return smallest_tile(int8 ? int8_floats : int4_floats, m);
 }
 
@@ -62,14 +73,15 @@ static QuantTileSize quant_tile_for(const PackedLinearParams& p, int64_t m) {
 static QuantRows quant_rows(const PackedLinearParams& p, int64_t m_begin) {
   const int64_t left = p.m - m_begin;
   const int64_t tiles = (left + kQuantMostRows - 1) / kQuantMostRows, m = (left + tiles - 1) / tiles;
-  return {m_begin, static_cast<int>(m), quant_tile_for(p, m).rows, quant_fixed(p), nullptr};
+  const QuantTileSize tile = quant_tile_for(p, m);
+  return {m_begin, static_cast<int>(m), tile.rows, tile.digits, nullptr};
 }
 
 static void quant_fill_rows(const PackedLinearParams& p, const QuantRows& rows) {
-  const int64_t k = p.column_end - p.column_begin;
 #ifdef SPS_HAS_VNNI
-  if (rows.fixed) return fill_fixed(p, rows);
+  if (rows.digits > 0) return fill_fixed(p, rows);
 #endif
+  const int64_t k = packed_columns(p);
   const int64_t padded = (k + kQuantBlock - 1) / kQuantBlock * kQuantBlock;
   const int64_t step = 4 * rows.rows;
   __builtin_memset(rows.cells, 0, static_cast<size_t>(padded * step));
@@ -107,18 +119,19 @@ static void quant_store(const PackedLinearParams& p, int64_t m, int64_t n, const
 static void quant_panels(const PackedLinearParams& p, const QuantRows& rows, int64_t begin,
                          int64_t end) {
   const QuantTileSize tile = quant_tile_for(p, rows.m);
-  const int64_t columns = p.column_end - p.column_begin, panel_bytes = quant_panel_bytes(p.layout);
   alignas(64) float sums[kQuantMostRows * kPanelOutputs];
-  QuantTile t{};
-  t.cells = rows.cells;
-  t.blocks = (columns + kQuantBlock - 1) / kQuantBlock;
-  t.layout = &p.layout;
-  t.first_group = p.column_begin / p.layout.group;
-  t.sums = sums;
-  t.to_next = columns < p.layout.k ? panel_bytes : 0;
   for (int64_t i = begin; i < end; ++i) {
-    t.panel = p.packed + (p.row_begin / kPanelOutputs + i) * panel_bytes;
-    tile.fn(t);
+    QuantTile t{};
+    t.cells = rows.cells;
+    t.sums = sums;
+    for (const PackedPiece& piece : p.pieces) {
+      t.layout = &piece.layout;
+      t.panel = piece.packed + (p.row_begin / kPanelOutputs + i) * piece.panel_stride;
+      t.first_group = piece.column_begin / piece.layout.group;
+      t.blocks = (piece.column_end - piece.column_begin + kQuantBlock - 1) / kQuantBlock;
+      t.cells = tile.fn(t);
+      t.add = true;
+    }
     for (int r = 0; r < rows.m; ++r)
       quant_store(p, rows.m_begin + r, i * kPanelOutputs, sums + r * kPanelOutputs);
   }

@@ -54,34 +54,39 @@ static void widen_panel(const PackedLayout& layout, const char* panel, int64_t f
   }
 }
 
+// All that is wanted of one panel.
+static void widen_pieces(const PackedLinearParams& p, int64_t index, char* to) {
+  const bool int8 = p.layout.kind == PackedKind::kInt8;
+  const auto widen = int8 ? widen_panel<Int8AsF32> : widen_panel<Int4AsF32>;
+  for (const PackedPiece& piece : p.pieces) {
+    const int64_t columns = piece.column_end - piece.column_begin;
+    const char* panel = piece.packed + index * piece.panel_stride;
+    widen(piece.layout, panel, piece.column_begin / piece.layout.group, columns, p.x_bf16, to);
+    to += columns / (p.x_bf16 ? 2 : 1) * kPanelCellBytes;
+  }
+}
+
 constexpr int64_t kWidenedBytes = 512 << 10;
 constexpr int64_t kWidenedPanels = 4;  // at least
 
 static void quant_many(const PackedLinearParams& p, int64_t begin, int64_t end) {
   PackedLinearParams wide = p;
   wide.layout.kind = p.x_bf16 ? PackedKind::kBf16 : PackedKind::kF32;
-  wide.layout.k = wide.column_end = p.column_end - p.column_begin;
-  wide.column_begin = wide.row_begin = 0;
+  wide.layout.k = packed_columns(p);
+  wide.row_begin = 0;
   const int64_t stride = panel_bytes(wide.layout);
   const int64_t fit = kWidenedBytes / (stride + 1) / 2 * 2;
   const int64_t step = fit > kWidenedPanels ? fit : kWidenedPanels;
   char* scratch = static_cast<char*>(
       thread_scratch(static_cast<size_t>(step * stride + 8 * kPanelCellBytes), 1));
-  wide.packed = scratch;
+  wide.pieces = {{wide.layout, stride, scratch, 0, wide.layout.k}};
   const int64_t outputs = p.row_end - p.row_begin;
   for (int64_t n = begin; n < end; n += step) {
     const int64_t count = n + step < end ? step : end - n;
-    for (int64_t i = 0; i < count; ++i) {
-      const char* panel =
-          p.packed + (p.row_begin / kPanelOutputs + n + i) * quant_panel_bytes(p.layout);
-      const auto widen =
-          p.layout.kind == PackedKind::kInt8 ? widen_panel<Int8AsF32> : widen_panel<Int4AsF32>;
-      widen(p.layout, panel, p.column_begin / p.layout.group, wide.column_end, p.x_bf16,
-            scratch + i * stride);
-    }
+    for (int64_t i = 0; i < count; ++i)
+      widen_pieces(p, p.row_begin / kPanelOutputs + n + i, scratch + i * stride);
     const int64_t left = outputs - n * kPanelOutputs;
     wide.row_end = left < count * kPanelOutputs ? left : count * kPanelOutputs;
-    wide.layout.n = wide.row_end;
     wide.bias = p.bias == nullptr ? nullptr : p.bias + n * kPanelOutputs * (p.bias_bf16 ? 2 : 4);
     wide.out = p.out + n * kPanelOutputs * (p.out_bf16 ? 2 : 4);
     packed_linear_block(wide, PackedBlock{0, p.m, 0, count});

@@ -7,25 +7,26 @@
 namespace sps {
 namespace SPS_ISA_NS {
 
+// `add`: go on from what sums hold.
 struct QuantTile {
   const PackedLayout* layout;
   const char *panel, *cells;
   int64_t first_group, blocks;
-  // Bytes to the same place of the next panel, where only some columns of each are read: no
-  // prefetcher of the processor finds those. 0 where panels are read whole.
-  int64_t to_next;
   float* sums;  // [rows][16]
+  bool add;
 };
 
 // Independent sums of each number, so that additions need not wait for one another.
 constexpr int quant_chains(int sums) { return sums <= 4 ? 4 : sums <= 8 ? 2 : 1; }
 
+// Returns where the cells of x that come next begin.
 template <class Cells, int kRows>
-static void quant_tile(const QuantTile& t) {
+static const char* quant_tile(const QuantTile& t) {
   constexpr int kChains = quant_chains(kRows * kQuantRegs), kSums = kRows * kQuantRegs;
   Wide::reg total[kSums], sum[kChains * kSums];
 #pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i) total[i] = Wide::zero();
+  for (int i = 0; i < kSums; ++i)
+    total[i] = t.add ? Wide::load(t.sums + i * Wide::W) : Wide::zero();
   const char* x = t.cells;
   const int64_t group_blocks = t.layout->group / kQuantBlock;
   int64_t group = t.first_group;
@@ -63,6 +64,7 @@ static void quant_tile(const QuantTile& t) {
   }
 #pragma GCC unroll 32
   for (int i = 0; i < kSums; ++i) Wide::store(t.sums + i * Wide::W, total[i]);
+  return x;
 }
 
 }  // namespace SPS_ISA_NS

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace sps {
 
@@ -33,13 +34,23 @@ struct PackParams {
 void pack_weight(const PackParams& params, int threads);
 void unpack_weight(const PackParams& params);
 
-// out[m, row_end - row_begin] = x[m, column_end - column_begin] W[rows, columns]^T + bias.
-// Strides in bytes; rows of x and out are contiguous and need no alignment. row_begin is a multiple
-// of 16; columns begin and end at whole cells (or at k).
-struct PackedLinearParams {
-  PackedLayout layout;
+// Some columns of a weight, counted from the first one of the slice that holds them: a weight may be
+// cut along k and each slice packed by itself, so that who needs one slice reads memory in order.
+struct PackedPiece {
+  PackedLayout layout;   // of the slice
+  int64_t panel_stride;  // panel_bytes of it
   const char* packed;
-  int64_t row_begin, row_end, column_begin, column_end;
+  int64_t column_begin, column_end;
+};
+
+// out[m, row_end - row_begin] = x W[rows, columns]^T + bias, where x has the columns of all pieces,
+// one after another, of which there is at least one. Strides in bytes; rows of x and out are
+// contiguous and need no alignment. row_begin is a multiple of 16; pieces begin and end at whole
+// cells (for codes: groups), but for the last one's end.
+struct PackedLinearParams {
+  PackedLayout layout;  // of the whole weight
+  std::vector<PackedPiece> pieces;
+  int64_t row_begin, row_end;
   const char* x;
   int64_t x_stride;
   bool x_bf16;
@@ -50,6 +61,13 @@ struct PackedLinearParams {
   bool out_bf16;
   int64_t m;
 };
+
+// Columns of x.
+inline int64_t packed_columns(const PackedLinearParams& p) {
+  int64_t columns = 0;
+  for (const PackedPiece& piece : p.pieces) columns += piece.column_end - piece.column_begin;
+  return columns;
+}
 
 void packed_linear(const PackedLinearParams& params, int threads);
 

@@ -20,11 +20,11 @@ bool quantized(PackedKind kind);
 int64_t quant_panel_bytes(const PackedLayout& layout);
 
 // Rows [m_begin, m_begin + m) of x as a tile reads them; columns up to a whole block and rows beyond
-// m are 0. Floats [columns][rows]; or 16-bit fixed point, group by group (kernels/quant_fixed.h).
+// m are 0. Floats [columns][rows] (digits 0); or fixed point of one or two bytes, group by group
+// (kernels/quant_fixed.h).
 struct QuantRows {
   int64_t m_begin;
-  int m, rows;
-  bool fixed;
+  int m, rows, digits;
   char* cells;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,18 +13,25 @@ from sps_kernel.arrays import Array, is_torch
 Kind = Literal["bf16", "fp32", "int8", "int4"]
 
 
-def packed_nbytes(n: int, k: int, kind: Kind, group: int = 64) -> int:
+def packed_nbytes(n: int, k: int, kind: Kind, group: int = 64, cuts: Sequence[int] = ()) -> int:
     """Bytes that a weight [n, k] takes when packed; see :func:`pack_weight`.
 
     Raises
     ------
     ValueError
-        ``kind`` is unknown, or n or k negative.
+        ``kind`` is unknown, n or k negative, or ``cuts`` are none.
     """
-    return _core.packed_nbytes(n, k, kind, group)
+    return _core.packed_nbytes(n, k, kind, group, cuts)
 
 
-def pack_weight(weight: Array, kind: Kind, out: Array, group: int = 64, threads: int = 1) -> None:
+def pack_weight(
+    weight: Array,
+    kind: Kind,
+    out: Array,
+    group: int = 64,
+    threads: int = 1,
+    cuts: Sequence[int] = (),
+) -> None:
     """Write a linear layer's weight as :func:`packed_linear` reads it.
 
     A panel holds 16 outputs (rows of the weight; the last panel is padded with zeros), panels lie
@@ -39,23 +47,33 @@ def pack_weight(weight: Array, kind: Kind, out: Array, group: int = 64, threads:
         bfloat16 rounds to nearest even). For codes they must be finite: a group with one that is
         not gets the scale NaN.
     kind : "bf16", "fp32", "int8" or "int4"
-    out : uint8 [packed_nbytes(N, K, kind, group)]
+    out : uint8 [packed_nbytes(N, K, kind, group, cuts)]
         Written in full. Best aligned to 64 bytes; any alignment is correct.
     group : int
         Columns that share a scale: a multiple of 32 up to 256; for kinds without scales it has no
         meaning.
     threads : int
+    cuts : columns at which the weight is cut
+        Columns between two cuts are packed by themselves, one slice after another, so that who
+        multiplies by one slice reads memory in order. They ascend; even numbers for "bf16",
+        multiples of ``group`` for "int8" and "int4".
 
     Raises
     ------
     ValueError
-        Wrong shapes, dtypes or strides.
+        Wrong shapes, dtypes, strides or cuts.
     """
-    _core.pack_weight(weight, kind, out, group, threads)
+    _core.pack_weight(weight, kind, out, group, threads, cuts)
 
 
 def unpack_weight(
-    packed: Array, n: int, k: int, kind: Kind, dtype: Any = None, group: int = 64
+    packed: Array,
+    n: int,
+    k: int,
+    kind: Kind,
+    dtype: Any = None,
+    group: int = 64,
+    cuts: Sequence[int] = (),
 ) -> Array:
     """The weight [n, k] that ``packed`` stands for, as float32 or bfloat16 (``dtype``).
 
@@ -68,7 +86,7 @@ def unpack_weight(
         out = packed.new_empty((n, k), dtype=dtype or torch.float32)
     else:
         out = np.empty((n, k), dtype=dtype or np.float32)
-    _core.unpack_weight(packed, kind, group, out)
+    _core.unpack_weight(packed, kind, group, out, cuts)
     return out
 
 
@@ -85,6 +103,7 @@ def packed_linear(
     columns: tuple[int, int] | None = None,
     group: int = 64,
     threads: int = 1,
+    cuts: Sequence[int] = (),
 ) -> Array:
     """``out = x @ W[rows, columns].T + bias`` for a packed weight W [n, k].
 
@@ -93,7 +112,7 @@ def packed_linear(
     x : [M, columns], bfloat16 for "bf16", float32 for "fp32", either for "int8" and "int4"
         Any M: a few rows run at memory speed, many at the speed of arithmetic. The row stride is
         free, pointers need no alignment.
-    packed : uint8 [packed_nbytes(n, k, kind, group)]
+    packed : uint8 [packed_nbytes(n, k, kind, group, cuts)]
         What :func:`pack_weight` wrote.
     bias : [outputs], float32 or bfloat16, optional
         Of the chosen rows of W.
@@ -104,14 +123,14 @@ def packed_linear(
     columns : (begin, end), optional
         Columns of W that x holds: even numbers for "bf16", multiples of ``group`` for "int8" and
         "int4", or k. All when left out.
-    group : int
+    group, cuts
         As it was packed.
     threads : int
 
     Sums are taken in float32 along k in order: a row's result depends neither on the other rows of
-    x, nor on ``threads``, nor on ``rows``. "int8" and "int4" sum each group first and scale its
-    sum; in how many parts depends on M, and from 48 rows of bfloat16 on scaled weights are rounded
-    to bfloat16.
+    x, nor on ``threads``, nor on ``rows`` or ``cuts``. "int8" and "int4" sum each group first and
+    scale its sum; in how many parts, and how finely x is taken, depends on M (docs/quant.md), and
+    from 48 rows of bfloat16 on scaled weights are rounded to bfloat16.
 
     Raises
     ------
@@ -124,7 +143,7 @@ def packed_linear(
     >>> pack_weight(weight, "bf16", packed)
     >>> packed_linear(x, packed, n, k, "bf16", out=y[:, :512], rows=(0, 512))
     """
-    _core.packed_linear(x, packed, n, k, kind, bias, out, rows, columns, group, threads)
+    _core.packed_linear(x, packed, n, k, kind, bias, out, rows, columns, group, threads, cuts)
     return out
 
 

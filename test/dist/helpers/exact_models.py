@@ -55,8 +55,8 @@ class ExactModel:
 
     @cache  # noqa: B019  (as many as kinds of models)
     def arena(self, tp: int = 1, dtype: str = "float32", ops: str = "auto") -> Arena:
-        """Weights as the operators `ops` want them."""
-        spec = LoadSpec(self.directory, dtype, tp_size=tp)
+        """Weights as the operators `ops` want them, with columns as two ranks would share them."""
+        spec = LoadSpec(self.directory, dtype, tp_size=tp, sp_size=2)
         return load_weights(self.config, spec, ops=choose_ops(ops).operators)
 
 
