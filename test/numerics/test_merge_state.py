@@ -89,9 +89,10 @@ def test_merged_segments_are_attention_over_all_keys(splits: int) -> None:
     agree(merge_states(parts), whole)
 
 
-def test_kernels_and_torch_merge_alike() -> None:
+@pytest.mark.parametrize("spread", [1.0, 50.0, 1e4])
+def test_kernels_and_torch_merge_alike(spread: float) -> None:
     kernels = pytest.importorskip("sps_kernel")
-    parts = [(torch.randn(7, 4, 16), torch.randn(7, 4) * 50) for _ in range(4)]
+    parts = [(torch.randn(7, 4, 16), torch.randn(7, 4) * spread) for _ in range(4)]
     parts[2] = torch.zeros_like(parts[2][0]), torch.full((7, 4), -torch.inf)
     merged = kernels.merge_n_states([o for o, _ in parts], [lse for _, lse in parts])
     agree(merged, merge_states(parts))

@@ -54,6 +54,24 @@ def test_the_greedy_is_close_to_the_cheapest(case: tuple[Tensor, float, float]) 
     assert best.cost - 1e-6 <= greedy_cover(wanted, page, block).cost <= FACTOR * best.cost + 1e-6
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_on_larger_graphs_too(seed: int) -> None:
+    """What a rank wants of another in a prefill of some thousand tokens: blocks that share a
+    superblock's pages, and pages of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks, pages, wide = 32, 64, 8
+    common = torch.rand(blocks // wide, pages, generator=generator) < 0.2
+    wanted = common.repeat_interleave(wide, 0)
+    wanted &= torch.rand(blocks, pages, generator=generator) < 0.5
+    wanted |= torch.rand(blocks, pages, generator=generator) < 0.1 * (seed % 3)
+    wanted[int(torch.randint(blocks, (), generator=generator))] = True
+    for block in (0.5, 1.97, 4.06, 8.0):
+        best, plan = minimum_cover(wanted, 1.0, block), greedy_cover(wanted, 1.0, block)
+        assert covers(plan, wanted, 1.0, block) and covers(best, wanted, 1.0, block)
+        plain = min(float(wanted.any(0).sum()), float(wanted.any(1).sum()) * block)
+        assert best.cost - 1e-6 <= plan.cost <= min(plain, FACTOR * best.cost) + 1e-6
+
+
 @settings(max_examples=40, deadline=None)
 @given(demands(most=7))
 def test_the_minimum_cut_is_the_cheapest_of_all(case: tuple[Tensor, float, float]) -> None:
