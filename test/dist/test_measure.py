@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from mmap import mmap
+from threading import Thread
+
 import pytest
 import torch
 from test.dist.helpers.exact_models import exact_model
 
+from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.mesh import Mesh
+from sps_runtime.distributed.native_links import NativeMailroom
+from sps_runtime.distributed.regions import link_bytes
+from sps_runtime.distributed.shared_memory import RING_BYTES
 from sps_runtime.distributed.threads import ThreadWorld
 from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.models.decoder import Decoder
 from sps_runtime.models.loader import build_model
+from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.ops.operators import TORCH
+from sps_runtime.ops.recording import Recorder, Recording
 from sps_runtime.runner.measure import DECODE_ROWS, linear_part, measure_decode, measure_flops
 from sps_runtime.types.messages import DecodeCost
 
@@ -64,3 +74,41 @@ def test_a_rate_of_products_is_positive() -> None:
     world, (model,) = ThreadWorld(1, timeout_s=30), models(1)
     gate_up, links = model.layers[0].mlp.gate_up, links_of(world, 1, 1, 0)
     assert 1e6 < measure_flops(gate_up, torch.float32, links, TORCH) < 1e15
+
+
+@pytest.mark.skipif(choose_ops().kernels is None, reason="replays need the kernels")
+def test_replicated_layers_are_timed_as_they_are_replayed() -> None:
+    """Over native links the recorder is used, on all ranks; the table is one all the same."""
+    kernels = choose_ops().kernels
+    assert kernels is not None
+    model, ops = exact_model("llama"), choose_ops().operators
+    parts = build_model(model.config, model.arena(1), ops=ops)
+    memory = mmap(-1, link_bytes(2, RING_BYTES))
+    recorders = [CountingRecorder(kernels) for _ in range(2)]
+    tables: list[DecodeCost | None] = [None, None]
+
+    def measure(rank: int) -> None:
+        mailroom = NativeMailroom(kernels, memory, rank, 2, Traffic(), timeout_s=30)
+        group = mailroom.group
+        links = GroupLinks(sp=group((0, 1)), tp=group((rank,)), world=group((0, 1)))
+        tables[rank] = measure_decode(parts, links, ops, recorders[rank])
+
+    ranks = [Thread(target=measure, args=(rank,)) for rank in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(60)
+    assert tables[0] is not None and tables[0] == tables[1]
+    assert [recorder.made for recorder in recorders] == [len(DECODE_ROWS)] * 2
+
+
+class CountingRecorder(Recorder):
+    """How many recordings were made."""
+
+    made = 0
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Recording | str]:
+        result, recording = super().record(work)
+        assert isinstance(recording, Recording), recording
+        self.made += 1
+        return result, recording

@@ -49,6 +49,11 @@ class GroupLinks:
     tp: Communicator
     world: Communicator
 
+    @property
+    def recordable(self) -> bool:
+        """Whether everything that crosses ranks is a kernel's call."""
+        return all(link.size == 1 or link.recordable for link in (self.sp, self.tp, self.world))
+
 
 def unit_shares(columns: int, unit: int, parts: int) -> list[tuple[int, int]]:
     """(begin, end) columns of each part, in whole units; the last unit may be short."""

@@ -21,6 +21,11 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def nbytes(self) -> int:
+        """Of this share, as it lies in memory."""
+        ...
+
     def rows(self, begin: int, end: int) -> Weight:
         """Outputs `begin` to `end`, a view."""
         ...
@@ -48,6 +53,10 @@ class PlainWeight:
     def shape(self) -> tuple[int, int]:
         rows, columns = self.tensor_NK.shape
         return rows, columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor_NK.nbytes
 
     def rows(self, begin: int, end: int) -> PlainWeight:
         return PlainWeight(self.tensor_NK[begin:end])
@@ -98,6 +107,11 @@ class PackedWeight:
     def shape(self) -> tuple[int, int]:
         (top, bottom), (left, right) = self.row_range, self.column_range
         return bottom - top, right - left
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = self.shape
+        return self.packed.nbytes * rows * columns // max(1, self.n * self.k)
 
     def rows(self, begin: int, end: int) -> PackedWeight:
         first = self.row_range[0]

@@ -16,6 +16,7 @@ from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement
 from sps_runtime.models.decoder import Decoder, DecoderLayer
 from sps_runtime.ops.operators import Operators
+from sps_runtime.ops.recording import Recorder, Recording
 from sps_runtime.types.messages import DecodeCost, LinkCost
 
 SMALL_ROUNDS, LARGE_ROUNDS = 30, 4
@@ -45,14 +46,18 @@ def measure_flops(
 
 
 @torch.inference_mode()
-def measure_decode(model: Decoder, links: GroupLinks, ops: Operators) -> DecodeCost:
+def measure_decode(
+    model: Decoder, links: GroupLinks, ops: Operators, recorder: Recorder | None = None
+) -> DecodeCost:
     """Seconds of a layer's linear part with few rows, in both placements; the worst rank's, on all.
 
     A collective call. Layers are timed in turn, so that their weights come from memory. The head is
-    left out: it is one more layer of the same kind, and more than all of them to measure.
+    left out: it is one more layer of the same kind, and more than all of them to measure. Each
+    placement is timed as steps run it: replicated ones are replayed where they can be recorded.
 
     Args:
         links: of the group of all SP ranks.
+        recorder: of this rank's decode steps, None where they are not recorded.
     """
     layers = model.layers[: _layers_to_time(model)]
     sharded, replicated = [], []
@@ -61,8 +66,8 @@ def measure_decode(model: Decoder, links: GroupLinks, ops: Operators) -> DecodeC
         members = (rows,) * links.sp.size
         whole = place("sharded", "ntp", links, members, ops)
         slices = place("replicated", "ntp", links, members, ops)
-        sharded.append(_layer_seconds(layers, x_TD, whole, links.world))
-        replicated.append(_layer_seconds(layers, x_TD, slices, links.world))
+        sharded.append(_layer_seconds(layers, x_TD, whole, links, None))
+        replicated.append(_layer_seconds(layers, x_TD, slices, links, recorder))
     worst = _worst(links.world, [*sharded, *replicated])
     count = len(DECODE_ROWS)
     return DecodeCost(DECODE_ROWS, tuple(worst[:count]), tuple(worst[count:]), links.sp.size)
@@ -78,16 +83,26 @@ def linear_part(layer: DecoderLayer, x_TD: Tensor, linear: LinearPlacement) -> T
 
 
 def _layer_seconds(
-    layers: list[DecoderLayer], x_TD: Tensor, linear: LinearPlacement, world: Communicator
+    layers: list[DecoderLayer],
+    x_TD: Tensor,
+    linear: LinearPlacement,
+    links: GroupLinks,
+    recorder: Recorder | None,
 ) -> float:
-    def all_layers() -> None:
+    def all_layers() -> Tensor:
         for layer in layers:
-            linear_part(layer, x_TD, linear)
+            update_TD = linear_part(layer, x_TD, linear)
+        return update_TD
 
+    run: Callable[[], Tensor] = all_layers
+    if recorder is not None and links.recordable:
+        _, recording = recorder.record(all_layers)
+        if isinstance(recording, Recording):
+            run = recording.replay
     seconds = []
     for _ in range(DECODE_ROUNDS):
-        _worst(world, [0.0])  # all begin together
-        seconds.append(_timed(all_layers) / len(layers))
+        _worst(links.world, [0.0])  # all begin together
+        seconds.append(_timed(run) / len(layers))
     return min(seconds)
 
 
@@ -95,8 +110,7 @@ def _layers_to_time(model: Decoder) -> int:
     layer = model.layers[0]
     weights = [layer.attention.qkv.weight_ND, layer.attention.output.weight_DN]
     weights += [layer.mlp.gate_up.weight_ND, layer.mlp.down.weight_DN]
-    nbytes = sum(outputs * inputs for outputs, inputs in (weight.shape for weight in weights))
-    nbytes *= model.embedding.weight_VD.element_size()
+    nbytes = sum(weight.nbytes for weight in weights)
     return min(len(model.layers), ceil(DECODE_BYTES / nbytes))
 
 

@@ -105,6 +105,9 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     means = open_means(
         config, place, model.config, dtype, backend, operators, child.fds, ops.kernels
     )
+    recorder = None
+    if ops.kernels is not None and not engine.disable_step_graphs:
+        recorder = Recorder(ops.kernels)
     runner = ModelRunner(
         model,
         vocab,
@@ -114,7 +117,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         engine.watchdog_timeout_s,
         timeline,
         engine.parallel.pipeline,
-        None if ops.kernels is None or engine.disable_step_graphs else Recorder(ops.kernels),
+        recorder,
         open_masks(engine, model.config),
     )
     cache = engine.cache
@@ -124,7 +127,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         rank=config.rank,
         pages=cache.pages_per_rank,
         link=_measure_link(means),
-        decode=_measure_decode(model, means, engine.parallel.arch),
+        decode=_measure_decode(model, means, engine.parallel.arch, recorder),
         flops_per_s=measure_flops(model.layers[0].mlp.gate_up, dtype, _all_links(means), means.ops),
         no_sparse=no_sparse(means),
         detail=detail,
@@ -157,11 +160,13 @@ def _measure_link(means: AttentionContext) -> LinkCost:
     return measure_link(links.sp, links.world, zero_copy=len(set(means.hosts)) == 1)
 
 
-def _measure_decode(model: Decoder, means: AttentionContext, arch: Arch) -> DecodeCost:
+def _measure_decode(
+    model: Decoder, means: AttentionContext, arch: Arch, recorder: Recorder | None
+) -> DecodeCost:
     """Nothing where there is nothing to choose: one SP rank, or cut weights."""
     if means.mesh.sp_size == 1 or arch == "tp":
         return DecodeCost()
-    return measure_decode(model, _all_links(means), means.ops)
+    return measure_decode(model, _all_links(means), means.ops, recorder)
 
 
 def _choose_ops(name: str, threads: int, spin_s: float) -> Ops:

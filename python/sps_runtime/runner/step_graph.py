@@ -146,7 +146,7 @@ class StepGraphs:
             shape.attention.begin()
             return self._compute(shape.inputs.tokens_T, shape.context)
 
-        if self._recorder is None or shape.recording is not None or not _recordable(links):
+        if self._recorder is None or shape.recording is not None or not links.recordable:
             return work()
         before = _counts(self._means.traffic)
         logits_RV, shape.recording = self._recorder.record(work)
@@ -169,8 +169,3 @@ class StepGraphs:
 
 def _counts(traffic: Traffic) -> tuple[int, int, int]:
     return traffic.attention_bytes, traffic.linear_bytes, traffic.physical_bytes
-
-
-def _recordable(links: GroupLinks) -> bool:
-    """Whether everything that crosses ranks is a kernel's call."""
-    return all(link.size == 1 or link.recordable for link in (links.sp, links.tp, links.world))

@@ -48,21 +48,12 @@ static QuantTileSize smallest_tile(const QuantTileSize (&sizes)[kSizes], int64_t
 }
 
 // bfloat16 is taken in fixed point where there are instructions for it; float32 stays what it is.
-static bool quant_fixed(const PackedLinearParams& p) {
-#ifdef SPS_HAS_VNNI
-  return p.x_bf16;
-#else
-  (void)p;
-  return false;
-#endif
-}
-
 static QuantTileSize quant_tile_for(const PackedLinearParams& p, int64_t m) {
   const bool int8 = p.layout.kind == PackedKind::kInt8;
 #ifdef SPS_HAS_VNNI
   static constexpr QuantTileSize int8_fixed[] = SPS_QUANT_TILES(fixed_size, Int8Bytes);
   static constexpr QuantTileSize int4_fixed[] = SPS_QUANT_TILES(fixed_size, Int4Bytes);
-  if (quant_fixed(p)) return smallest_tile(int8 ? int8_fixed : int4_fixed, m);
+  if (p.x_bf16) return smallest_tile(int8 ? int8_fixed : int4_fixed, m);
 #endif
   static constexpr QuantTileSize int8_floats[] = SPS_QUANT_TILES(float_size, Int8AsF32);
   static constexpr QuantTileSize int4_floats[] = SPS_QUANT_TILES(float_size, Int4AsF32);
