@@ -41,6 +41,11 @@ class LabelTable:
         """Return the sequences that `owner` calls `label`."""
         return sorted(self._rids.get((owner, label), ()))
 
+    def owned(self, rid: str, owner: str | None) -> bool:
+        """Whether a sequence runs and is the owner's (None: anyone's)."""
+        label = self._label_of.get(rid)
+        return label is not None and owner in (None, label[0])
+
     def of_owner(self, owner: str) -> list[str]:
         """Return all sequences of an owner."""
         return [rid for rid, label in self._label_of.items() if label[0] == owner]

@@ -34,6 +34,7 @@ class OutputGroup:
         self._ready: deque[RequestState] = deque()
         self._queued: set[str] = set()
         self._wake = asyncio.Event()
+        self._progressed = False
 
     def notify(self, state: RequestState) -> None:
         """Called by the manager when `state` has news."""
@@ -45,8 +46,21 @@ class OutputGroup:
         self._ready.append(state)
         self._wake.set()
 
+    def notify_progress(self) -> None:
+        """Called by the manager when a prefill has come further."""
+        self._progressed = True
+        self._wake.set()
+
+    def prefill(self) -> tuple[int, int] | None:
+        """Prompt tokens done and in all, of all sequences; None when no prefill is known to be
+        under way."""
+        if not any(state.phase == "prefill" for state in self.states):
+            return None
+        totals = sum(state.prompt_tokens for state in self.states)
+        return sum(state.prefilled for state in self.states), totals
+
     async def next(self, timeout_s: float | None = None) -> Output | None:
-        """Return the next output; None when none came in time.
+        """Return the next output; None when none came in time, or when a prefill came further.
 
         Raises:
             StopAsyncIteration: every sequence has given its last output.
@@ -54,6 +68,9 @@ class OutputGroup:
         while not self._ready:
             if not self._open:
                 raise StopAsyncIteration
+            if self._progressed:
+                self._progressed = False
+                return None
             self._wake.clear()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -73,8 +90,8 @@ class OutputGroup:
                 output = await self.next()
             except StopAsyncIteration:
                 return
-            assert output is not None
-            yield output
+            if output is not None:
+                yield output
 
     def abort(self, why: str = "the client went away") -> None:
         """End every sequence that still runs; harmless when none does."""

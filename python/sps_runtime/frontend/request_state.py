@@ -73,6 +73,7 @@ class RequestState:
         observer, clock: for figures.
 
     Attributes:
+        prefilled: prompt tokens computed so far, as far as the engine tells.
         prompt_logprobs: of positions from the wanted start, once known.
         attention: what became of its wish for sparse attention, once known.
         finish: set when it has ended.
@@ -98,6 +99,7 @@ class RequestState:
         self.completion_tokens = 0
         self.retractions = 0
         self.attention: AttentionReport | None = None
+        self.prefilled = 0
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.finish: Finish | None = None
         self._text = text
@@ -108,6 +110,13 @@ class RequestState:
         self._created = self._last = clock()
         self._first_token_s: float | None = None
         self.total_s = 0.0
+
+    @property
+    def phase(self) -> str:
+        """What happens to it: ``waiting`` (or in its first step), ``prefill``, ``decode``."""
+        if self.completion_tokens or self.prefilled >= self.prompt_tokens:
+            return "decode"
+        return "prefill" if self.prefilled else "waiting"
 
     @property
     def pending_tokens(self) -> int:
@@ -126,6 +135,7 @@ class RequestState:
         self.prompt_logprobs = news.prompt_logprobs or self.prompt_logprobs
         self.attention = news.attention or self.attention
         if news.tokens:
+            self.prefilled = self.prompt_tokens
             self._time_tokens(len(news.tokens))
         stop_token = _stop_token(news)
         hidden = 0 if stop_token is None or self._keep_stop else 1

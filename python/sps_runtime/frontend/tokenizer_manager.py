@@ -61,7 +61,6 @@ class TokenizerManager:
     Attributes:
         calls: cache flush and engine state.
         health: the engine's state.
-        progress: (done, total) tokens of prefills under way, by rid.
         ready: what the engine said when it was ready, None before.
     """
 
@@ -92,7 +91,6 @@ class TokenizerManager:
         self._labels = LabelTable()
         self._running: dict[str, tuple[RequestState, OutputGroup]] = {}
         self._reserved = 0
-        self.progress: dict[str, tuple[int, int]] = {}
         self.ready: EngineReady | None = None
         self._ready_event = asyncio.Event()
 
@@ -220,6 +218,13 @@ class TokenizerManager:
             clock=self._clock,
         )
 
+    def find(self, owner: str, name: str, *, any_owner: bool = False) -> list[RequestState]:
+        """Return the running sequences that `owner` calls `name`, or the one of that engine id."""
+        rids = self._labels.rids(owner, name)
+        if not rids and self._labels.owned(name, None if any_owner else owner):
+            rids = [name]
+        return [self._running[rid][0] for rid in rids]
+
     # ---------------------------------------------------------------------- ending it earlier
 
     def abort_label(self, owner: str, label: str) -> int:
@@ -278,12 +283,18 @@ class TokenizerManager:
         elif isinstance(message, Reply):
             self.calls.answer(message)
         elif isinstance(message, PrefillProgress):
-            if message.rid in self._running:
-                self.progress[message.rid] = (message.done, message.total)
+            self._handle_progress(message)
         elif isinstance(message, EngineReady):
             self._handle_ready(message)
         else:
             self.fail_all(message.message)
+
+    def _handle_progress(self, message: PrefillProgress) -> None:
+        running = self._running.get(message.rid)
+        if running is not None:
+            state, group = running
+            state.prefilled = min(message.done, state.prompt_tokens)
+            group.notify_progress()
 
     def _handle_ready(self, message: EngineReady) -> None:
         context = min(self.limits.context_length, message.max_total_tokens)
@@ -326,7 +337,6 @@ class TokenizerManager:
         group = self._running[state.rid][1]
         if state.finish is not None:
             del self._running[state.rid]
-            self.progress.pop(state.rid, None)
             self._labels.remove(state.rid)
         group.notify(state)
 

@@ -78,6 +78,7 @@ async def server_info(call: Call) -> ASGIApp:
             **engine["parallel"],
             **engine["cache"],
             "kv_cache_dtype": engine["cache"]["kv_dtype"],
+            "attention": engine["attention"],
             **engine["scheduler"],
             "served_model_name": service.model_name,
             "version": sps_runtime.__version__,

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sps_runtime.server import admin, probes, tokenize
+from sps_runtime.server import admin, probes, progress, tokenize
 from sps_runtime.server.anthropic_messages import count_tokens, messages
 from sps_runtime.server.auth import Access, Keys
 from sps_runtime.server.error_handlers import handle_error
@@ -48,6 +48,7 @@ ROUTES = (
     RouteSpec("/v1/messages/count_tokens", _POST, Access.USER, count_tokens),
     RouteSpec("/v1/models", _GET, Access.USER, admin.list_models),
     RouteSpec("/v1/models/{model:path}", _GET, Access.USER, admin.get_model),
+    RouteSpec("/v1/progress/{id}", _GET, Access.USER, progress.progress),
     RouteSpec("/v1/loads", _GET, Access.USER, admin.loads),
     RouteSpec("/generate", ("POST", "PUT"), Access.USER, generate),
     RouteSpec("/tokenize", _POST, Access.USER, tokenize.tokenize),

@@ -134,10 +134,15 @@ class EventStream:
             except StopAsyncIteration:
                 return
             if output is None:
-                yield _PING
+                yield self._comment()
                 continue
             raise_failure(output.finish)
             yield self._joined(self._events(output))
 
     def _joined(self, events: Iterable[Any]) -> bytes:
         return b"".join(map(self._framing.event, events))
+
+    def _comment(self) -> bytes:
+        """What clients ignore: how far the prefill is, or a sign of life."""
+        prefill = self._group.prefill()
+        return _PING if prefill is None else b": prefill %d/%d\n\n" % prefill
