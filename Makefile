@@ -64,7 +64,7 @@ $(STAMPS)/torch: $(STAMPS)/venv FORCE
 		$(BIN)/pip install $(TORCH) && echo "$(TORCH)" > $@; }
 
 $(STAMPS)/package: pyproject.toml $(STAMPS)/torch
-	$(BIN)/pip install -e '.[test]'
+	$(BIN)/pip install -e '.[test,dsl]'
 	touch $@
 
 # The kernels need a C++ compiler; without one, or without their sources, torch does their work.
