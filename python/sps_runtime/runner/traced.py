@@ -19,6 +19,12 @@ from sps_runtime.ops.operators import Operators
 from sps_runtime.telemetry.timeline import Timeline, traced
 
 _OPERATORS = ("linear", "add_rms_norm", "rms_norm", "silu_mul", "write_kv")
+_SPARSE = {
+    "summarise": "summarise pages",
+    "choose": "choose pages",
+    "masses": "judge pages",
+    "tail": "tail",
+}
 
 
 class _Traced:
@@ -97,9 +103,18 @@ def trace_means(means: AttentionContext, timeline: Timeline) -> AttentionContext
     """Attention, merges, exchanges and waits as spans; the same means where nobody looks."""
     if not timeline.on:
         return means
-    backend = {"partial": ("attention", "compute"), "merge": ("merge", "compute")}
+    backend = {
+        "partial": ("attention", "compute"),
+        "partial_lists": ("attention", "compute"),
+        "merge": ("merge", "compute"),
+    }
+    sparse = means.sparse
+    if sparse is not None:
+        spans = {name: (span, "compute") for name, span in _SPARSE.items()}
+        sparse = replace(sparse, operators=cast(Any, _Traced(sparse.operators, timeline, spans)))
     return replace(
         means,
+        sparse=sparse,
         mailroom=_TracedMailroom(means.mailroom, timeline),
         backend=cast(Any, _Traced(means.backend, timeline, backend)),
         fence=cast(Any, _Traced(means.fence, timeline, {"wait": ("wait for KV", "wait")})),
