@@ -83,6 +83,7 @@ class SparseCase:
     backend: AttentionBackend = field(default_factory=TorchBackend)
     operators: SparseOperators = field(default_factory=TorchOperators)
     summaries_from_start: bool = False
+    hosts: tuple[int, ...] | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     """SP ranks of each step; all of them unless told."""
     given: tuple[Tensor, Tensor, Tensor] | None = None
@@ -164,16 +165,28 @@ class SparseCase:
             traffic, mesh = Traffic(), Mesh(self.sp, self.tp, rank)
             peers = [other * self.tp + mesh.tp_rank for other in range(self.sp)]
             watched = Watched(self.operators)
+            hosts = self.hosts or (0,) * self.sp
+            near = [host == hosts[mesh.sp_rank] for host in hosts]
             context = AttentionContext(
                 mesh=mesh,
                 mailroom=world.mailroom(rank, traffic),
-                store=KVStore([pools[peer] for peer in peers], mesh.sp_rank),
+                store=KVStore(
+                    [pools[p] if here else None for p, here in zip(peers, near, strict=True)],
+                    mesh.sp_rank,
+                ),
                 fence=fences.of(rank),
                 backend=self.backend,
                 traffic=traffic,
-                hosts=(0,) * self.sp,
+                hosts=hosts,
                 sparse=SparseMeans(
-                    watched, SummaryStore([summaries[peer] for peer in peers], mesh.sp_rank)
+                    watched,
+                    SummaryStore(
+                        [
+                            summaries[p] if here else room.private().fill_(0xFF)
+                            for p, here in zip(peers, near, strict=True)
+                        ],
+                        mesh.sp_rank,
+                    ),
                 ),
             )
             return self._rank(context, watched, outs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 import torch
@@ -128,14 +130,18 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
     found = case.run()
     owner = [page // SLOTS for page in case.pages[0]]
     fetched: set[tuple[int, ...]] = set()
-    summaries: set[tuple[int, ...]] = set()
+    summaries = {  # to all ranks, while the prompt goes on
+        (layer, step, reader, p, head)
+        for layer, step, reader, head in itertools.product(range(2), range(2), range(4), range(2))
+        for p in range((0, 64)[step] if from_start else 0, (64, 256)[step], 16)
+        if owner[p // 16] != reader
+    }
     remote: set[tuple[int, ...]] = set()
     routed = 0
     asked = {record[:3] for record in RECORD.iter_unpack(found.counters[0].audits)}
     pairs = causal = 0
     for (layer, _, position, head), pages in found.read.items():
         step = sum(position >= cut for cut in (64, 256))
-        known = (0, 64, 256)[step] if from_start else 0
         reader = owner[position // 16]
         fetched |= {
             (layer, step, reader, p, head) for p in pages if owner[p // 16] != reader
@@ -146,11 +152,12 @@ def test_bytes_are_counted(deal: int, from_start: bool) -> None:
             if owner[p // 16] != reader
         }
         remote |= ahead
+        if step == 2:
+            summaries |= {unit for unit in ahead if unit[3] >= 256 or not from_start}
         if (layer, head, position) in asked:
             rows = min(16 if position == 480 else 8, 485 - position)
             owners = {owner[p // 16] for p in range(0, position, 16)} - {reader}
             routed += len(owners) * rows * 2 * (4 * case.dim + 4)
-        summaries |= {unit for unit in ahead if unit[3] >= known}
         pairs += len(pages)
         causal += -(-min(position + 32, 485) // 16)
     counters = found.counters[0]

@@ -11,7 +11,9 @@ import torch
 
 from sps_runtime.attention.page_reads import ranges
 from sps_runtime.attention.shard_layout import Ints, Runs, ShardLayout
+from sps_runtime.sparse.estimators.registry import estimator
 from sps_runtime.sparse.operators import Chosen, QueryBlocks
+from sps_runtime.sparse.torch_operators import IN_BLOB
 from sps_runtime.types.attention import SparseSettings
 
 Mask = npt.NDArray[np.bool_]
@@ -123,6 +125,23 @@ def wanted_pages(layout: ShardLayout, blocks: SparseBlocks, chosen: Chosen, kv_h
     wanted = np.zeros((len(layout.pages.ids), kv_heads), dtype=np.bool_)
     wanted[page, head] = True
     return wanted
+
+
+def reads_everything(settings: SparseSettings) -> bool:
+    """Whether all pages before a block are read to decide what it reads: an audit weighs them, or
+    the estimator has no use for summaries."""
+    found = estimator(settings.estimator)
+    return settings.max_tau < 1 or not found.needs <= IN_BLOB or hasattr(found, "probed")
+
+
+def summaries_due(layout: ShardLayout, need: Mask) -> Mask:
+    """Pages whose summaries a member must have after a step and has not had before: those that its
+    rows see, and all of a prompt that goes on, because later steps count on them."""
+    pages, each = layout.pages, np.diff(layout.pages.first)
+    sparse = np.array([settings is not None for settings in layout.sparse], dtype=np.bool_)
+    goes_on = np.repeat(sparse & ~np.array(layout.ends, dtype=np.bool_), each)
+    unknown = pages.positions >= np.repeat(layout.summaries_from, each)
+    return (need | goes_on) & unknown & (pages.tokens == layout.page_size)
 
 
 def pairs(blocks: SparseBlocks, chosen: Chosen, page_size: int, kv_heads: int) -> tuple[Ints, Ints]:

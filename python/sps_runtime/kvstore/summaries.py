@@ -52,7 +52,8 @@ class SummaryStore:
     """A rank's own summaries beside those of its SP peers (same TP rank).
 
     Args:
-        pools: one per SP rank; None where memory cannot be read from here.
+        pools: one per SP rank, of another host a mirror that its ranks fill by messages; None where
+            there are none.
         sp_rank: which of them is this rank's own.
 
     Attributes:

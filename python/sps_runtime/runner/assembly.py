@@ -104,14 +104,16 @@ def open_sparse(
     kernels: ModuleType | None,
     threads: int,
 ) -> SparseMeans | None:
-    """Room for the summaries of this rank's pages, and its SP peers' on this host, read only."""
+    """Room for the summaries of this rank's pages, for its SP peers' on this host, read only, and
+    for mirrors of those on other hosts: memory is touched where a summary is written."""
     if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
         return None
     operators = choose_operators(kernels, threads)
     nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
     room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
-    pools: list[torch.Tensor | None] = [None] * place.mesh.sp_size
-    for sp_rank, rank in place.sp_peers_here().items():
+    here = place.sp_peers_here()
+    pools = [None if rank in here else room.private() for rank in range(place.mesh.sp_size)]
+    for sp_rank, rank in here.items():
         own = rank == place.mesh.rank
         pools[sp_rank] = room.shared(fds[f"summaries.{rank}"], writable=own)
     return SparseMeans(operators, SummaryStore(pools, place.mesh.sp_rank))

@@ -155,7 +155,8 @@ class ModelRunner:
         with span("sample", "host"):
             sampled = self._sample(step, hidden_TD, masks)
         judged = self._judge(step, hidden_TD)
-        return rows, sampled, judged, sparse_counters(step.context.attend)
+        attention = step.flight.strategy if step.flight else step.context.attend
+        return rows, sampled, judged, sparse_counters(attention)
 
     def _run_decode(self, plan: StepPlan) -> Ran:
         """A step of one new token a sequence: `StepGraphs` has everything ready but its values."""
@@ -197,13 +198,13 @@ class ModelRunner:
         layout = ShardLayout(plan, page_size=shape.page_size, pages_per_rank=shape.slots)
         member = layout.member(means.mesh.sp_rank)
         batch = build_input(plan, layout, member, self._board, self._token_timeout_s)
-        links = self._links(plan.group)
+        links, flight = self._links(plan.group), self._flight(plan, layout)
         context = StepContext(
             positions_T=batch.positions_T,
             linear=place(plan.placement, self._arch, links, layout.rows, means.ops),
-            attend=sequence_attention(plan, layout, means),
+            attend=flight.attention(0) if flight else sequence_attention(plan, layout, means),
         )
-        return Step(plan, member, links, batch, context, self._flight(plan, layout))
+        return Step(plan, member, links, batch, context, flight)
 
     def _flight(self, plan: StepPlan, layout: ShardLayout) -> Flight | None:
         if not self._pipeline or self._arch != "ntp":

@@ -140,8 +140,6 @@ def no_sparse(means: AttentionContext) -> str:
     """Why a rank cannot choose pages; empty where it can."""
     if means.sparse is None:
         return "pages of this size, head or KV dtype have no summaries"
-    if len(set(means.hosts)) > 1:
-        return "sparse attention does not cross hosts"
     return ""
 
 

@@ -144,7 +144,9 @@ def _sparse_means(
             operators,
             SummaryStore(
                 [
-                    pools[other * tp + rank % tp] if hosts[other] == hosts[rank // tp] else None
+                    pools[other * tp + rank % tp]
+                    if hosts[other] == hosts[rank // tp]
+                    else room.private().fill_(0xFF)
                     for other in range(sp)
                 ],
                 rank // tp,

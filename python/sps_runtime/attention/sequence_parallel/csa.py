@@ -1,31 +1,41 @@
 """Block-sparse pass-KV: query blocks choose pages by their summaries, and read those alone.
 
 A page is summarised when it has been written, behind the same fence as its keys; each query block
-then chooses among the pages before it (`sparse.operators`), attends to them where they lie, and
-lets means stand for the others. In the same step other sequences read all their pages
-(`kv_reads`), and so do layers with a window. ADR 9 has the method and its figures.
+then chooses among the pages before it (`sparse.operators`), attends to them where they lie, or
+where they came from another host (`far_pages`), and lets means stand for the others. In the same
+step other sequences read all their pages (`kv_reads`), and so do layers with a window. ADR 9 has
+the method and its figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import needed
+from sps_runtime.attention.sequence_parallel.far_pages import FarExchange, FarPages
 from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
 from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.sparse_blocks import (
-    SparseBlocks,
     alone_pages,
     new_pages,
+    reads_everything,
     sparse_blocks,
     split_runs,
 )
 from sps_runtime.types.attention import SparseCounters
+
+
+def crosses_hosts(step: StepState) -> bool:
+    """Whether members of a step lie on several hosts."""
+    return not all(step.same_host(0, member) for member in range(step.size))
 
 
 class SparsePassKV:
@@ -43,19 +53,23 @@ class SparsePassKV:
             raise ValueError(f"epoch {layout.epoch} is sparse where pages have no summaries")
         self._operators = context.sparse.operators
         split = [split_runs(layout, member) for member in range(step.size)]
-        mine, self._exact = split[step.me][0], [exact for _, exact in split]
+        _mine, self._exact = split[step.me][0], [exact for _, exact in split]
         found = [sparse_blocks(layout, sparse) for sparse, _ in split]
         self._blocks = found[step.me]
         owners, sp_rank = layout.pages.owners, context.mesh.sp_rank
         written = layout.pages.ids[new_pages(layout, sp_rank)] % context.store.shape.slots
         self._written = torch.from_numpy(written)
-        need = needed(layout, mine, None)
-        if (need & ~step.readable()).any():
+        seen = [needed(layout, sparse, None) for sparse, _ in split]
+        need = seen[step.me]
+        self._far = FarExchange(FarPages(step, seen)) if crosses_hosts(step) else None
+        if self._far is None and (need & ~step.readable()).any():
             raise ValueError(f"epoch {layout.epoch} chooses among pages that cannot be read")
+        self._everything = need[:, None] & ~step.readable()[:, None]
         self._waits = tuple(
             member
             for member, rank in enumerate(layout.group)
-            if member != step.me and (need & (owners == rank)).any()
+            if step.same_host(step.me, member) and member != step.me
+            if (need & (owners == rank)).any()
         )
         self._counts = SparseCounts(step, need, alone_pages(layout, self._exact[step.me]))
         self._measure = SparseMeasure(step, self._counts, found)
@@ -88,19 +102,47 @@ class SparsePassKV:
             step.wait(layer, self._waits)
             self._counts.begin_layer()
             self._measure.begin_layer(layer, q_THD, scale)
-            for blocks in self._blocks:
-                partials += self._sparse_rows(layer, q_THD, blocks, scale)
+            partials += self._sparse_rows(layer, q_THD, scale)
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         if len(out_THD):
             step.context.backend.merge(partials, out_THD)
         return out_THD
 
-    def _sparse_rows(
-        self, layer: int, q_THD: Tensor, blocks: SparseBlocks, scale: float
-    ) -> list[Partial]:
-        return SparseRows(
-            self._step, self._operators, self._counts, self._measure, layer, q_THD, blocks, scale
-        ).partials()
+    def _sparse_rows(self, layer: int, q_THD: Tensor, scale: float) -> list[Partial]:
+        """What rows that choose have read; a collective call between hosts."""
+        if self._far is not None:
+            self._far.summaries(layer)
+        parts = [
+            SparseRows(
+                self._step,
+                self._operators,
+                self._counts,
+                self._measure,
+                layer,
+                q_THD,
+                blocks,
+                scale,
+            )
+            for blocks in self._blocks
+        ]
+        if self._far is not None:
+            self._fetch(layer, parts, self._far)
+        return [partial for part in parts for partial in part.partials()]
+
+    def _fetch(self, layer: int, parts: Sequence[SparseRows], far: FarExchange) -> None:
+        """Bring what the rows choose. Where a bound is held or keys themselves are asked, all that
+        they may see: an audit reads it in any case."""
+        wanted = np.zeros((len(self._everything), self._step.context.store.shape.kv_heads), bool)
+        whole = any(reads_everything(blocks.settings) for blocks in self._blocks)
+        if whole:
+            wanted |= self._everything
+        elif parts:
+            wanted |= np.logical_or.reduce([part.choose() for part in parts])
+        pool, asked = far.fetch(layer, wanted)
+        if parts:
+            self._counts.route(int(self._blocks[0].sequences[0]), asked)
+        for part in parts:
+            part.read(pool)
 
     def _summarise(self, layer: int) -> None:
         sparse, own = self._step.context.sparse, self._step.context.store.own

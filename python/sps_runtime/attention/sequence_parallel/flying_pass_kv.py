@@ -19,6 +19,12 @@ class FlyingPassKV:
         self._flight = flight
         self._couriers: dict[int | None, Courier] = {}
 
+    def wrote(self, block: int, layer: int) -> None:
+        return
+
+    def finish(self) -> None:
+        return
+
     def attend(
         self,
         block: int,

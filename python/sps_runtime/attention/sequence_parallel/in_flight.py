@@ -23,7 +23,7 @@ from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.baton import Baton
 from sps_runtime.attention.sequence_parallel.cut import cut
 from sps_runtime.attention.sequence_parallel.step import StepState
-from sps_runtime.attention.shard_layout import ShardLayout
+from sps_runtime.attention.shard_layout import Ints, ShardLayout
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.registry import resolve
 from sps_runtime.types.plan import StepPlan
@@ -33,10 +33,13 @@ LEAD = 3
 staged pages of so many layers take is the pipeline's price in memory."""
 KINDS = 8
 """Kinds of messages that a strategy may tell apart."""
+OLD = 0
+"""The parcel of pages that were there before the step; block b's is 1 + b."""
 
 _HERE = "sps_runtime.attention.sequence_parallel"
 FLYING = {
     "pass_kv": f"{_HERE}.flying_pass_kv:FlyingPassKV",
+    "csa": f"{_HERE}.flying_csa:FlyingCsa",
 }
 """Strategy -> ``module:class``; each class takes a `Flight` and is a `Flying`."""
 
@@ -49,6 +52,14 @@ class Flying(Protocol):
     """
 
     everywhere: bool
+
+    def wrote(self, block: int, layer: int) -> None:
+        """A block's KV lies in the pool, before anybody is told."""
+        ...
+
+    def finish(self) -> None:
+        """All blocks are done: wait for what the strategy has still under way."""
+        ...
 
     def attend(
         self,
@@ -71,8 +82,13 @@ def flight_of(plan: StepPlan, layout: ShardLayout, context: AttentionContext) ->
     work beside one another as it is."""
     spans = len({context.hosts[rank] for rank in plan.group}) > 1
     single = len(plan.sequences) == 1 and context.mesh.tp_size == 1
-    name = "csa" if any(layout.sparse) else plan.strategy
-    if not spans or not single or plan.placement != "sharded" or name not in FLYING:
+    if not spans or not single or plan.placement != "sharded":
+        return None
+    name, sparse = plan.strategy, layout.sparse[0]
+    if sparse is not None:
+        whole = bool(context.windows) and not any(context.windows)
+        name = "csa" if whole and sparse.estimator != "stride" else ""
+    if name not in FLYING:
         return None
     plans = cut(plan, layout)
     return Flight(name, plans, layout, context) if len(plans) > 1 else None
@@ -114,6 +130,14 @@ class Flight:
         some = tuple(block for block, rows in enumerate(mine) if rows)
         self.blocks = tuple(range(len(plans))) if self.strategy.everywhere else some or (0,)
         self._written = dict.fromkeys(self.blocks, -1)
+
+    def parcels(self) -> Ints:
+        """The parcel of each page of the step's table."""
+        size = self.layout.page_size
+        found = np.full(len(self.layout.pages.ids), OLD, dtype=np.int64)
+        for block, plan in enumerate(self.plans):
+            found[plan.sequences[0].start // size :] = 1 + block
+        return found
 
     def attention(self, block: int) -> BlockAttention:
         """The `layers.step.SequenceAttention` of one block."""
@@ -185,6 +209,7 @@ class Flight:
         for pending in self._sends.values():
             for one in pending:
                 one.wait()
+        self.strategy.finish()
         self.context.traffic.exposed_s += self.baton.idle_s + time.monotonic() - began
 
     def _wait_for(self, turn: tuple[int, int], may: Callable[[], bool]) -> None:
@@ -220,6 +245,7 @@ class BlockAttention:
         flight, block = self._flight, self._block
         flight.enter(block, layer)
         self._step.write(layer, k_TKD, v_TKD)
+        flight.strategy.wrote(block, layer)
         flight.wrote(block, layer)
         return flight.strategy.attend(
             block, layer, q_THD, k_TKD.shape[1], scale=scale, window=window

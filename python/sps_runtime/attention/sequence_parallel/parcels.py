@@ -15,13 +15,11 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool, QueryRun
 from sps_runtime.attention.page_reads import Mask, cut_pieces, needed, query_runs
-from sps_runtime.attention.sequence_parallel.in_flight import LEAD, Flight
+from sps_runtime.attention.sequence_parallel.in_flight import LEAD, OLD, Flight
 from sps_runtime.attention.shard_layout import Ints, Runs
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.kvstore.transfer import Shipment, Staging
 
-OLD = 0
-"""The parcel of pages that were there before the step; block b's is 1 + b."""
 PAGES = 0
 """The kind of their messages."""
 
@@ -154,7 +152,7 @@ def plan_parcels(flight: Flight, readers: Readers, window: int | None) -> Parcel
     need = [[_need(flight, block, runs, window) for runs in of_block]
             for block, of_block in enumerate(readers)]  # fmt: skip
     union = [np.logical_or.reduce([masks[reader] for masks in need]) for reader in range(size)]
-    parcel_of, readable = _parcel_of(flight), step.readable()
+    parcel_of, readable = flight.parcels(), step.readable()
     if (union[me] & ~readable & ~np.isin(owners, layout.group)).any():
         raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")
 
@@ -183,16 +181,6 @@ def plan_parcels(flight: Flight, readers: Readers, window: int | None) -> Parcel
         [step.shipment(shipped(parcel, me, reader)) for reader in range(size)] for parcel in parcels
     ]
     return Parcels(staging, sent, here, there, awaits, members)
-
-
-def _parcel_of(flight: Flight) -> Ints:
-    """The parcel of each page of the step's table."""
-    size = flight.layout.page_size
-    found = np.full(len(flight.layout.pages.ids), OLD, dtype=np.int64)
-    for block, plan in enumerate(flight.plans):
-        (sequence,) = plan.sequences
-        found[sequence.start // size :] = 1 + block
-    return found
 
 
 def _need(flight: Flight, block: int, runs: Runs, window: int | None) -> Mask:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
-from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks, pairs
+from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks, pairs, summaries_due
 from sps_runtime.sparse.audit import RECORD
 from sps_runtime.sparse.operators import Chosen
 from sps_runtime.types.attention import SparseCounters
@@ -18,24 +18,25 @@ class SparseCounts:
     """Counts over the layers of one step, by sequence; layers with a window are not in them.
 
     A page of another rank counts once a layer for each KV head that some query block reads, its
-    summary once a layer for each KV head if it has not come in an earlier step
-    (`SequencePlan.summaries_from`).
+    summary once a layer for each KV head in the step in which it comes (`summaries_due`).
 
     Args:
         need: pages of the layout's table that exact attention of the sparse rows would read.
         alone: `sparse_blocks.alone_pages`; they count as pairs, and what is remote of them is
             counted by whoever reads them.
+        due: pages whose summaries come in this step, where those are not `summaries_due` of `need`.
     """
 
-    def __init__(self, step: StepState, need: Mask, alone: Ints) -> None:
+    def __init__(self, step: StepState, need: Mask, alone: Ints, due: Mask | None = None) -> None:
         layout, context = step.layout, step.context
         self._step = step
         self._first = layout.pages.first
         remote = layout.pages.owners != context.mesh.sp_rank
         self._remote = remote
         self._remote_pages = self._by_sequence(need & remote)
-        new = layout.pages.positions >= np.repeat(layout.summaries_from, np.diff(self._first))
-        self._new_summaries = self._by_sequence(need & remote & new)
+        self._near = step.readable()
+        due = summaries_due(layout, need) if due is None else due
+        self._new_summaries = due & remote
         shape, sparse = context.store.shape, context.sparse
         self._kv_heads = shape.kv_heads
         self._alone = alone * shape.kv_heads
@@ -50,7 +51,7 @@ class SparseCounts:
         self._sums["read"] += self._alone
         self._sums["causal"] += self._alone
         self._sums["remote"] += self._remote_pages * self._kv_heads
-        self._receive(self._new_summaries * self._kv_heads * self._summary_bytes)
+        self._receive(self._new_summaries[:, None], self._kv_heads * self._summary_bytes)
 
     def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, audited: Mask) -> None:
         """Count a choice.
@@ -66,8 +67,7 @@ class SparseCounts:
             np.add.at(self._sums[name], blocks.sequences, count)
         fetched = self._by_sequence((wanted & self._remote[:, None]).sum(1))
         self._sums["fetched"] += fetched
-        more = self._by_sequence((audited & ~wanted & self._remote[:, None]).sum(1))
-        self._receive((fetched + more) * self._page_bytes)
+        self._receive((audited | wanted) & self._remote[:, None], self._page_bytes)
 
     def fall_back(self, sequences: Sequence[int]) -> None:
         """Superblocks and heads of these sequences, one each, read all their pages."""
@@ -89,7 +89,7 @@ class SparseCounts:
         self._audits[sequence] += RECORD.pack(layer, head, position, mean, most)
 
     def of_sequences(self) -> tuple[SparseCounters, ...]:
-        """Those of the sequences that this rank computed sparse rows of."""
+        """Those of the sequences that this rank computed sparse rows of, or got summaries of."""
         found = {name: sums.tolist() for name, sums in self._sums.items()}
         return tuple(
             SparseCounters(
@@ -103,15 +103,50 @@ class SparseCounts:
                 audits=bytes(self._audits[sequence]),
             )
             for sequence, causal in enumerate(found["causal"])
-            if causal
+            if causal or found["bytes"][sequence]
         )
 
-    def _receive(self, nbytes: Ints) -> None:
-        self._sums["bytes"] += nbytes
-        self._step.context.traffic.attention_bytes += int(nbytes.sum())
+    def _receive(self, units: Mask, nbytes: int) -> None:
+        """Units ``[pages, any]`` of so many bytes; those of other hosts are traffic of who sends
+        them."""
+        each = units.sum(1)
+        self._sums["bytes"] += self._by_sequence(each) * nbytes
+        near = int(each[self._near].sum()) * nbytes
+        self._step.context.traffic.attention_bytes += near
 
     def _by_sequence(self, of_pages: Mask | Ints) -> Ints:
         """Sums over each sequence's pages."""
         before = np.concatenate(([0], np.cumsum(of_pages)))
         sums: Ints = np.diff(before[self._first])
         return sums
+
+
+class BlockCounts:
+    """The counts of one block of a step's rows, whose page table is the beginning of the step's.
+
+    Args:
+        counted: ``[pages of the step's table, kv_heads]`` that other blocks have read in this
+            layer: they cross once.
+    """
+
+    def __init__(self, counts: SparseCounts, counted: Mask) -> None:
+        self._counts, self._counted = counts, counted
+
+    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, audited: Mask) -> None:
+        """As `SparseCounts.add`."""
+        fresh = [~self._counted.copy() for _ in range(2)]
+        for mask, part in zip(fresh, (wanted, audited), strict=True):
+            mask[: len(part)] &= part
+            mask[len(part) :] = False
+            self._counted[: len(part)] |= part
+        self._counts.add(blocks, chosen, *fresh)
+
+    def fall_back(self, sequences: Sequence[int]) -> None:
+        """As `SparseCounts.fall_back`."""
+        self._counts.fall_back(sequences)
+
+    def record(
+        self, sequence: int, layer: int, head: int, position: int, mean: float, most: float
+    ) -> None:
+        """As `SparseCounts.record`."""
+        self._counts.record(sequence, layer, head, position, mean, most)

@@ -54,13 +54,25 @@ class SparseMeasure:
         group = q_THD.shape[1] // self._step.context.store.shape.kv_heads
         self._like, self._scale = q_THD.new_empty(0, group, q_THD.shape[2]), scale
 
-    def keep(self, layer: int, blocks: SparseBlocks, q_THD: Tensor, kept_lse_TH: Tensor) -> None:
-        """Remember queries, and weights of what they read, of the layer's sampled rows."""
+    def keep(
+        self,
+        layer: int,
+        blocks: SparseBlocks,
+        q_THD: Tensor,
+        kept_lse_TH: Tensor,
+        first_row: int = 0,
+    ) -> None:
+        """Remember queries, and weights of what they read, of the layer's sampled rows.
+
+        Args:
+            q_THD, kept_lse_TH: of the step's rows from `first_row` on.
+        """
         group = q_THD.shape[1] // self._step.context.store.shape.kv_heads
         for sample in self._samples[self._step.me]:
-            if sample.layer == layer and sample.settings == blocks.settings:
+            here = 0 <= sample.row - first_row < len(q_THD)
+            if here and sample.layer == layer and sample.settings == blocks.settings:
                 heads = slice(sample.head * group, (sample.head + 1) * group)
-                rows = torch.tensor(sample.row) + torch.tensor(sample.offsets)
+                rows = torch.tensor(sample.row - first_row) + torch.tensor(sample.offsets)
                 self._kept[sample] = (q_THD[rows, heads], kept_lse_TH[rows, heads])
 
     def finish(self) -> None:

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 from torch import Tensor
 
-from sps_runtime.attention.backend import PageLists, Partial
-from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
+from sps_runtime.attention.backend import PageLists, PagePool, Partial
+from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
 from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
@@ -38,19 +38,20 @@ class SparseRows:
     """The rows of query blocks with the same settings, in one layer.
 
     Args:
-        q_THD: of all the step's rows.
+        q_THD: of all the step's rows, or of those from `first_row` on.
     """
 
     def __init__(
         self,
         step: StepState,
         operators: SparseOperators,
-        counts: SparseCounts,
+        counts: SparseCounts | BlockCounts,
         measure: SparseMeasure,
         layer: int,
         q_THD: Tensor,
         blocks: SparseBlocks,
         scale: float,
+        first_row: int = 0,
     ) -> None:
         context = step.context
         self._step, self._operators = step, operators
@@ -60,11 +61,22 @@ class SparseRows:
         self._pool, self._summaries = context.pages(layer), context.summaries(layer)
         self._kv_heads = context.store.shape.kv_heads
         self._group = q_THD.shape[1] // self._kv_heads
+        self._first_row = first_row
+        self._chosen: Chosen | None = None
+
+    def choose(self) -> Mask:
+        """Choose, and say which pages that needs, for each KV head."""
+        self._chosen = self._choose(self._blocks.queries, self._blocks.settings)
+        return self._wanted(self._chosen)
+
+    def read(self, pool: PagePool) -> None:
+        """Attend to pages where they lie now."""
+        self._pool = pool
 
     def partials(self) -> list[Partial]:
         """What the rows read, and what stands for the rest; (0, -inf) for all other rows."""
         blocks, settings = self._blocks, self._blocks.settings
-        chosen = self._choose(blocks.queries, settings)
+        chosen = self._chosen or self._choose(blocks.queries, settings)
         wanted = self._wanted(chosen)
         kept = self._attend(page_lists(chosen, blocks.rows == len(self._q_THD)))
         if settings.max_tau < 1:
@@ -72,7 +84,7 @@ class SparseRows:
             wanted |= self._wanted(chosen)
         else:
             audited = np.zeros_like(wanted)
-            self._measure.keep(self._layer, blocks, self._q_THD, kept.lse)
+            self._measure.keep(self._layer, blocks, self._q_THD, kept.lse, self._first_row)
         self._counts.add(blocks, chosen, wanted, audited)
         if settings.tail == "none" or not len(chosen.dropped_ids):
             return [kept]

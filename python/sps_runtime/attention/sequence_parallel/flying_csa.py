@@ -1,0 +1,420 @@
+"""Block-sparse attention in flight: three phases of every block overlap with other blocks (`csa`).
+
+A block is a few superblocks of one rank. When its KV is written, summaries of its pages leave for
+every member that comes later; when those of earlier pages have come, it chooses, asks the owners
+and, while keys and then values are on their way, others compute. An owner answers from a thread of
+its own for each block that may ask, at no block's turn.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.backend import Partial
+from sps_runtime.attention.page_reads import Mask, cut_pieces, needed, query_runs
+from sps_runtime.attention.sequence_parallel.far_pages import (
+    FarPages,
+    Mirror,
+    Units,
+    bits_room,
+    pack_bits,
+    unpack_bits,
+)
+from sps_runtime.attention.sequence_parallel.in_flight import LEAD, OLD, Flight
+from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
+from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
+from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
+from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.shard_layout import Ints, Runs
+from sps_runtime.attention.sparse_blocks import (
+    SparseBlocks,
+    alone_pages,
+    new_pages,
+    reads_everything,
+    sparse_blocks,
+    split_runs,
+    summaries_due,
+)
+from sps_runtime.distributed.communicator import Pending
+from sps_runtime.types.attention import SparseCounters
+
+SUMMARIES, QUESTION, KEYS, VALUES = range(4)
+"""Kinds of messages. Summaries are numbered by parcel, the others by the reader's block."""
+
+
+@dataclass
+class _Coming:
+    """Summaries of one layer on their way here, by parcel, and where they arrive, by owner."""
+
+    pending: dict[int, Pending]
+    rooms: dict[int, list[Tensor | None]]
+    known: set[int] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class _Layer:
+    """What came and comes in one layer.
+
+    Attributes:
+        asked: ``[pages, kv_heads]`` that some block has asked for.
+        counted: ``[pages, kv_heads]`` that some block has read.
+        answers: to what blocks asked.
+        done: blocks that are done with the layer.
+    """
+
+    mirror: Mirror
+    summaries: _Coming
+    asked: Mask
+    counted: Mask
+    answers: list[_Answer] = field(default_factory=list)
+    done: int = 0
+
+
+@dataclass
+class _Answer:
+    """Pages of one question on their way here: of each owner units, and where they arrive."""
+
+    units: list[Units]
+    parts: list[list[Tensor | None]]
+    pending: list[Pending]
+    wanted: Mask
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    came: bool = False
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block on this rank.
+
+    Attributes:
+        written: slots of the full pages that it writes.
+        sparse: its query blocks, in the order of its rows.
+        alone: its row that reads all pages, if it has one.
+        sees: pages that its rows may read.
+        members: those on this host whose pages these are.
+        parcels: those that bring summaries of pages that it may choose.
+    """
+
+    step: StepState
+    written: Tensor
+    sparse: list[SparseBlocks]
+    alone: Runs
+    sees: Mask
+    members: list[int]
+    parcels: list[int]
+
+
+class FlyingCsa:
+    """`in_flight.Flying` of a step that prefills one sequence sparsely."""
+
+    everywhere = False
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight, step, layout = flight, flight.step, flight.layout
+        context = flight.context
+        if context.sparse is None:
+            raise ValueError(f"epoch {layout.epoch} is sparse where pages have no summaries")
+        self._operators = context.sparse.operators
+        size, me = step.size, step.me
+        split = [split_runs(layout, member) for member in range(size)]
+        self._see = [
+            [self._seen(block, member) for member in range(size)]
+            for block in range(len(flight.plans))
+        ]
+        need = [np.logical_or.reduce([of[member] for of in self._see]) for member in range(size)]
+        self._far = FarPages(step, need)
+        self._parcel = flight.parcels()
+        self._blocks = [self._block(block) for block in range(len(flight.plans))]
+        alone = alone_pages(layout, split[me][1])
+        self._counts = SparseCounts(
+            step, needed(layout, split[me][0], None), alone, summaries_due(layout, need[me])
+        )
+        found = [sparse_blocks(layout, sparse) for sparse, _ in split]
+        self._measure = SparseMeasure(step, self._counts, found)
+        self._layers: dict[int, _Layer] = {}
+        self._old_sent: set[int] = set()
+        self._clerks = [
+            threading.Thread(target=self._serve, args=(reader, block), daemon=True)
+            for reader in range(size)
+            for block in range(len(flight.plans))
+            if len(self._askable(me, reader, block))
+        ]
+        self._late: list[tuple[int, _Coming]] = []
+        self._started = False
+
+    def finish(self) -> None:
+        """Wait until every question of other hosts has been answered, and for summaries that no
+        block has asked for."""
+        for clerk in self._clerks if self._started else ():
+            clerk.join()
+        for layer, coming in self._late:  # later steps count on them
+            for parcel in coming.pending:
+                self._keep(layer, coming, parcel)
+
+    def wrote(self, block: int, layer: int) -> None:
+        """Summarise the pages that a block filled."""
+        context, written = self._flight.context, self._blocks[block].written
+        if context.sparse is not None and len(written):
+            own, out_SKX = context.store.own, context.sparse.store.own[layer]
+            self._operators.summarise(own.k[layer], own.v[layer], written, out_SKX)
+
+    def counters(self) -> tuple[SparseCounters, ...]:
+        """As `csa.SparsePassKV.counters`; a collective call."""
+        self._measure.finish()
+        return self._counts.of_sequences()
+
+    def attend(
+        self,
+        block: int,
+        layer: int,
+        q_THD: Tensor,
+        kv_heads: int,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        if window is not None:
+            raise ValueError("layers with a window do not fly under csa")
+        flight, mine = self._flight, self._blocks[block]
+        state = self._visit(block, layer, q_THD, scale)
+        flight.go_on(block, layer)
+        flight.read_in_place(block, layer, mine.members)
+        self._learn(block, layer, state)
+        rows = [self._rows(block, layer, state, q_THD, part, scale) for part in mine.sparse]
+        wanted = self._wanted(block, rows)
+        self._ask(block, layer, state, wanted)
+        self._receive(block, layer, state, wanted)
+        partials = self._alone(block, layer, state, q_THD, scale)
+        for part in rows:
+            part.read(state.mirror.pool)
+            partials += part.partials()
+        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        if len(out_THD):
+            flight.context.backend.merge(partials, out_THD)
+        state.done += 1
+        if state.done == len(flight.blocks):
+            self._late.append((layer, self._layers.pop(layer).summaries))
+        return out_THD
+
+    # -- before a block's own attention: what others wait for
+
+    def _visit(self, block: int, layer: int, q_THD: Tensor, scale: float) -> _Layer:
+        if not self._started:
+            self._started = True
+            for clerk in self._clerks:
+                clerk.start()
+        last = min(layer + LEAD, self._flight.context.store.shape.layers)
+        for ahead in range(layer, last):
+            if ahead not in self._layers:
+                self._layers[ahead] = self._expect(ahead)
+                self._counts.begin_layer()
+                self._measure.begin_layer(ahead, q_THD, scale)
+        if layer not in self._old_sent:
+            self._old_sent.add(layer)
+            self._tell(block, layer, OLD)
+        self._tell(block, layer, 1 + block)
+        return self._layers[layer]
+
+    def _tell(self, block: int, layer: int, parcel: int) -> None:
+        me, size = self._flight.step.me, self._flight.step.size
+        messages = [
+            self._far.summaries_of(layer, self._due(parcel, me, reader)) for reader in range(size)
+        ]
+        if any(message is not None for message in messages):
+            self._flight.send(block, SUMMARIES, layer, parcel, messages)
+
+    def _expect(self, layer: int) -> _Layer:
+        flight, far = self._flight, self._far
+        size, me = flight.step.size, flight.step.me
+        coming, rooms = {}, {}
+        for parcel in range(len(flight.plans) + 1):
+            parts = [far.summaries_room(self._due(parcel, owner, me)) for owner in range(size)]
+            if any(part is not None for part in parts):
+                rooms[parcel] = parts
+                coming[parcel] = flight.post(SUMMARIES, layer, parcel, [None] * size, parts)
+        asked = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
+        mirror = Mirror(flight.step, layer)
+        return _Layer(mirror, _Coming(coming, rooms), asked, asked.copy())
+
+    # -- a block's own
+
+    def _learn(self, block: int, layer: int, state: _Layer) -> None:
+        """Wait for the summaries of all pages that it may choose."""
+        coming = state.summaries
+        for parcel in self._blocks[block].parcels:
+            if parcel not in coming.known and parcel in coming.pending:
+                with self._flight.baton.lent((layer, block)), coming.lock:
+                    self._keep(layer, coming, parcel)
+
+    def _keep(self, layer: int, coming: _Coming, parcel: int) -> None:
+        if parcel in coming.known:
+            return
+        coming.pending[parcel].wait()
+        for owner, came in enumerate(coming.rooms.pop(parcel)):
+            index = self._due(parcel, owner, self._flight.step.me)
+            self._far.keep_summaries(layer, owner, index, came)
+        coming.known.add(parcel)
+
+    def _rows(
+        self,
+        block: int,
+        layer: int,
+        state: _Layer,
+        q_THD: Tensor,
+        blocks: SparseBlocks,
+        scale: float,
+    ) -> SparseRows:
+        counts = BlockCounts(self._counts, state.counted)
+        step, first_row = self._blocks[block].step, self._flight.rows[block][0]
+        return SparseRows(
+            step, self._operators, counts, self._measure, layer, q_THD, blocks, scale, first_row
+        )
+
+    def _wanted(self, block: int, rows: Sequence[SparseRows]) -> Mask:
+        """Pages of other hosts that a block reads, for each KV head."""
+        mine = self._blocks[block]
+        far = mine.sees & ~self._flight.step.readable()
+        wanted = np.zeros((self._far.table, self._far.kv_heads), dtype=np.bool_)
+        if len(mine.alone) or any(reads_everything(blocks.settings) for blocks in mine.sparse):
+            wanted[far] = True
+        else:
+            for part in rows:
+                chosen = part.choose()
+                wanted[: len(chosen)] |= chosen
+        wanted &= far[:, None]
+        return wanted
+
+    def _ask(self, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
+        """Ask owners for what no block of this rank has asked for yet."""
+        flight, _far = self._flight, self._far
+        size, me = flight.step.size, flight.step.me
+        fresh = wanted & ~state.asked
+        state.asked |= fresh
+        index = [self._askable(owner, me, block) for owner in range(size)]
+        questions = [pack_bits(fresh, places) for places in index]
+        if all(question is None for question in questions):
+            return
+        own = flight.context.store.own
+        units = [Units(flight.step, fresh, places) for places in index]
+        parts = [[each.room(pool[layer]) for each in units] for pool in (own.k, own.v)]
+        pending = [
+            flight.post(kind, layer, block, [None] * size, part)
+            for kind, part in zip((KEYS, VALUES), parts, strict=True)
+        ]
+        state.answers.append(_Answer(units, parts, pending, fresh))
+        flight.send(block, QUESTION, layer, block, questions)
+        asked = sum(0 if question is None else question.nbytes for question in questions)
+        self._counts.route(0, asked)
+
+    def _receive(self, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
+        """Wait for what a block wants, whichever block has asked for it."""
+        for answer in list(state.answers):
+            if answer.came or not (answer.wanted & wanted).any():
+                continue
+            with self._flight.baton.lent((layer, block)), answer.lock:
+                if not answer.came:
+                    self._put(state, answer)
+
+    def _put(self, state: _Layer, answer: _Answer) -> None:
+        for side, (pending, parts) in enumerate(zip(answer.pending, answer.parts, strict=True)):
+            pending.wait()
+            for owner, (units, part) in enumerate(zip(answer.units, parts, strict=True)):
+                units.put(part, self._far.owner_pool(state.mirror, owner)[side])
+        answer.parts.clear()
+        answer.came = True
+
+    def _alone(
+        self, block: int, layer: int, state: _Layer, q_THD: Tensor, scale: float
+    ) -> list[Partial]:
+        """The partial of a superblock of one token, which reads all pages."""
+        mine, layout = self._blocks[block], self._flight.layouts[block]
+        if not len(mine.alone):
+            return []
+        index, context = np.arange(len(layout.pages.ids)), self._flight.context
+        near = mine.step.readable() & (layout.pages.owners != context.mesh.sp_rank)
+        read = int(layout.pages.tokens[near].sum()) * context.store.shape.token_bytes
+        context.traffic.attention_bytes += read
+        runs = query_runs(layout, cut_pieces(layout, mine.alone, index, None), index)
+        backend = self._flight.context.backend
+        return [backend.partial(q_THD, runs, state.mirror.pool, scale=scale)]
+
+    # -- an owner's
+
+    def _serve(self, reader: int, block: int) -> None:
+        """Answer one block of one reader, layer by layer."""
+        flight, far = self._flight, self._far
+        size, own = flight.step.size, flight.context.store.own
+        index = self._askable(flight.step.me, reader, block)
+        nothing: list[Tensor | None] = [None] * size
+        sent: list[Pending] = []
+        try:
+            for layer in range(flight.context.store.shape.layers):
+                bits = bits_room(len(index), far.kv_heads)
+                flight.post(QUESTION, layer, block, nothing, _to(size, reader, bits)).wait()
+                wanted = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
+                unpack_bits(bits, wanted, index)
+                units = Units(flight.step, wanted, index)
+                for kind, pool in ((KEYS, own.k), (VALUES, own.v)):
+                    part = _to(size, reader, units.take(pool[layer]))
+                    sent.append(flight.post(kind, layer, block, part, nothing))
+            for pending in sent:
+                pending.wait()
+        except ConnectionError:
+            flight.baton.fail()
+
+    # -- who has what
+
+    def _seen(self, block: int, member: int) -> Mask:
+        """Pages of the step's table that a member's rows of a block see."""
+        layout = self._flight.layouts[block]
+        found = np.zeros(len(self._flight.layout.pages.ids), dtype=np.bool_)
+        mask = needed(layout, layout.runs(member), None)
+        found[: len(mask)] = mask
+        return found
+
+    def _askable(self, owner: int, reader: int, block: int) -> Ints:
+        """Places of an owner's pages that a reader's block may ask for."""
+        index = self._far.index(owner, reader)
+        return index[self._see[block][reader][index]]
+
+    def _due(self, parcel: int, owner: int, reader: int) -> Ints:
+        index = self._far.due(owner, reader)
+        return index[self._parcel[index] == parcel]
+
+    def _block(self, block: int) -> _Block:
+        flight = self._flight
+        step, layout = StepState(flight.layouts[block], flight.context), flight.layouts[block]
+        sparse, alone = split_runs(layout, step.me)
+        sp_rank, slots = flight.context.mesh.sp_rank, flight.context.store.shape.slots
+        new = new_pages(layout, sp_rank)
+        seen = self._see[block][step.me]
+        owners = flight.layout.pages.owners
+        far = seen & ~flight.step.readable()
+        ranks = np.unique(owners[seen])
+        return _Block(
+            step=step,
+            written=torch.from_numpy(layout.pages.ids[new] % slots),
+            sparse=sparse_blocks(layout, sparse),
+            alone=alone,
+            sees=seen,
+            members=[
+                m
+                for m, rank in enumerate(layout.group)
+                if m != step.me and rank in ranks and step.same_host(step.me, m)
+            ],
+            parcels=np.unique(self._parcel[far]).tolist(),
+        )
+
+
+def _to(size: int, member: int, message: Tensor | None) -> list[Tensor | None]:
+    """One message among the group's."""
+    found: list[Tensor | None] = [None] * size
+    found[member] = message
+    return found
