@@ -18,14 +18,16 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import Mask, cut_pieces, needed, query_runs
-from sps_runtime.attention.sequence_parallel.far_pages import (
-    FarPages,
-    Mirror,
-    Units,
-    bits_room,
-    pack_bits,
-    unpack_bits,
+from sps_runtime.attention.sequence_parallel.far_answers import (
+    KEYS,
+    QUESTION,
+    SUMMARIES,
+    VALUES,
+    Answer,
+    Clerk,
+    Coming,
 )
+from sps_runtime.attention.sequence_parallel.far_pages import FarPages, Mirror, Units, pack_bits
 from sps_runtime.attention.sequence_parallel.in_flight import LEAD, OLD, Flight
 from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
 from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
@@ -41,21 +43,7 @@ from sps_runtime.attention.sparse_blocks import (
     split_runs,
     summaries_due,
 )
-from sps_runtime.distributed.communicator import Pending
 from sps_runtime.types.attention import SparseCounters
-
-SUMMARIES, QUESTION, KEYS, VALUES = range(4)
-"""Kinds of messages. Summaries are numbered by parcel, the others by the reader's block."""
-
-
-@dataclass
-class _Coming:
-    """Summaries of one layer on their way here, by parcel, and where they arrive, by owner."""
-
-    pending: dict[int, Pending]
-    rooms: dict[int, list[Tensor | None]]
-    known: set[int] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass
@@ -70,23 +58,11 @@ class _Layer:
     """
 
     mirror: Mirror
-    summaries: _Coming
+    summaries: Coming
     asked: Mask
     counted: Mask
-    answers: list[_Answer] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     done: int = 0
-
-
-@dataclass
-class _Answer:
-    """Pages of one question on their way here: of each owner units, and where they arrive."""
-
-    units: list[Units]
-    parts: list[list[Tensor | None]]
-    pending: list[Pending]
-    wanted: Mask
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    came: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,12 +117,14 @@ class FlyingCsa:
         self._layers: dict[int, _Layer] = {}
         self._old_sent: set[int] = set()
         self._clerks = [
-            threading.Thread(target=self._serve, args=(reader, block), daemon=True)
+            threading.Thread(
+                target=Clerk(flight, self._far, reader, block, index).serve, daemon=True
+            )
             for reader in range(size)
             for block in range(len(flight.plans))
-            if len(self._askable(me, reader, block))
+            if len(index := self._askable(me, reader, block))
         ]
-        self._late: list[tuple[int, _Coming]] = []
+        self._late: list[tuple[int, Coming]] = []
         self._started = False
 
     def finish(self) -> None:
@@ -241,7 +219,7 @@ class FlyingCsa:
                 coming[parcel] = flight.post(SUMMARIES, layer, parcel, [None] * size, parts)
         asked = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
         mirror = Mirror(flight.step, layer)
-        return _Layer(mirror, _Coming(coming, rooms), asked, asked.copy())
+        return _Layer(mirror, Coming(coming, rooms), asked, asked.copy())
 
     # -- a block's own
 
@@ -253,7 +231,7 @@ class FlyingCsa:
                 with self._flight.baton.lent((layer, block)), coming.lock:
                     self._keep(layer, coming, parcel)
 
-    def _keep(self, layer: int, coming: _Coming, parcel: int) -> None:
+    def _keep(self, layer: int, coming: Coming, parcel: int) -> None:
         if parcel in coming.known:
             return
         coming.pending[parcel].wait()
@@ -308,7 +286,7 @@ class FlyingCsa:
             flight.post(kind, layer, block, [None] * size, part)
             for kind, part in zip((KEYS, VALUES), parts, strict=True)
         ]
-        state.answers.append(_Answer(units, parts, pending, fresh))
+        state.answers.append(Answer(units, parts, pending, fresh))
         flight.send(block, QUESTION, layer, block, questions)
         asked = sum(0 if question is None else question.nbytes for question in questions)
         self._counts.route(0, asked)
@@ -322,7 +300,7 @@ class FlyingCsa:
                 if not answer.came:
                     self._put(state, answer)
 
-    def _put(self, state: _Layer, answer: _Answer) -> None:
+    def _put(self, state: _Layer, answer: Answer) -> None:
         for side, (pending, parts) in enumerate(zip(answer.pending, answer.parts, strict=True)):
             pending.wait()
             for owner, (units, part) in enumerate(zip(answer.units, parts, strict=True)):
@@ -344,30 +322,6 @@ class FlyingCsa:
         runs = query_runs(layout, cut_pieces(layout, mine.alone, index, None), index)
         backend = self._flight.context.backend
         return [backend.partial(q_THD, runs, state.mirror.pool, scale=scale)]
-
-    # -- an owner's
-
-    def _serve(self, reader: int, block: int) -> None:
-        """Answer one block of one reader, layer by layer."""
-        flight, far = self._flight, self._far
-        size, own = flight.step.size, flight.context.store.own
-        index = self._askable(flight.step.me, reader, block)
-        nothing: list[Tensor | None] = [None] * size
-        sent: list[Pending] = []
-        try:
-            for layer in range(flight.context.store.shape.layers):
-                bits = bits_room(len(index), far.kv_heads)
-                flight.post(QUESTION, layer, block, nothing, _to(size, reader, bits)).wait()
-                wanted = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
-                unpack_bits(bits, wanted, index)
-                units = Units(flight.step, wanted, index)
-                for kind, pool in ((KEYS, own.k), (VALUES, own.v)):
-                    part = _to(size, reader, units.take(pool[layer]))
-                    sent.append(flight.post(kind, layer, block, part, nothing))
-            for pending in sent:
-                pending.wait()
-        except ConnectionError:
-            flight.baton.fail()
 
     # -- who has what
 
@@ -411,10 +365,3 @@ class FlyingCsa:
             ],
             parcels=np.unique(self._parcel[far]).tolist(),
         )
-
-
-def _to(size: int, member: int, message: Tensor | None) -> list[Tensor | None]:
-    """One message among the group's."""
-    found: list[Tensor | None] = [None] * size
-    found[member] = message
-    return found
