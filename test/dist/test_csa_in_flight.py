@@ -121,8 +121,7 @@ def test_hosts_and_micro_batches_change_nothing(
     same(together, alone)
     same(in_flight, alone)
     assert alone.sent < together.sent < 1.1 * alone.sent  # questions
-    questions = in_flight.sent - alone.sent
-    assert 0 < questions < 0.2 * alone.sent
+    assert abs(in_flight.sent - alone.sent) < 0.2 * alone.sent  # a last token shares with others
 
 
 @pytest.mark.parametrize("changes", [{"max_tau": 0.1}, {"tail": "none"}, {"estimator": "quest"}])
