@@ -37,13 +37,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Side:
-    """One engine with its settings; `peer` is a name of `install.RECIPES`, "" for ours."""
+    """One engine with its settings; `peer` is a name of `install.RECIPES`, "" for ours.
+
+    `density`: the share of causal pairs that a peer's sparse prefill is told to keep; 0: dense.
+    """
 
     name: str
     peer: str = ""
     weights: str = "bf16"
     threads: int = 2
     flags: tuple[str, ...] = ()
+    density: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Pair:
 
 
 SHORT, MIDDLE, LONG, LONGEST = (Cell(1, length) for length in (512, 2048, 8192, 16384))
+SPARSE = (Cell(1, 8192, 9), Cell(1, 16384, 9), Cell(1, 32768, 9))
 EIGHT = Cell(8, 512)
 ONE_RANK = ("--sp-size", "1")
 TWO_RANKS = ("--sp-size", "2", "--threads-per-rank", "1")
@@ -82,6 +87,17 @@ def quantized(weights: str, flag: str) -> Pair:
     other = Side(f"llama.cpp_{weights}", "llama.cpp", weights)
     ours = Side(f"sps_sp2_{flag}", weights=flag, flags=(*TWO_RANKS, "--quantization", flag))
     return Pair(f"llama.cpp-{weights}", other, ours, (SHORT, EIGHT), (0.4, 0.5))
+
+
+def sparse(density: float) -> Pair:
+    """Block-sparse prefill on both sides. Random weights attend almost uniformly, so the threshold
+    of a mass is a share of blocks; ours keeps that share whatever it estimates."""
+    percent = round(100 * density)
+    other = Side(f"openvino_xattention_{percent}", "openvino", density=density)
+    csa = ("--attention-mode", "csa", "--csa-min-tokens", "1", "--csa-budget", str(density))
+    flags = (*TWO_RANKS, *csa, "--csa-tau", "0", "--csa-max-tau", "1")
+    ours = Side(f"sps_sp2_csa_{percent}", flags=flags)
+    return Pair(f"openvino-xattention-{percent}", other, ours, SPARSE, (0.6, 0.4))
 
 
 PAIRS: dict[str, Pair] = {
@@ -99,6 +115,8 @@ PAIRS: dict[str, Pair] = {
         ),
         quantized("q8_0", "int8"),
         quantized("q4_0", "int4"),
+        sparse(0.10),
+        sparse(0.25),
         Pair("transformers", Side("transformers", "transformers"), SP2, BRIEF, (0.4, 0.2)),
         Pair("vllm-zen", Side("vllm-zen", "vllm-zen"), SP2, MAIN, (0.55, 0.4), ready_s=100.0),
     )

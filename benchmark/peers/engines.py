@@ -71,7 +71,9 @@ class Peer:
             self._worker = Worker(command, variables, self._log)
         try:
             self.api: str = self._worker.call("api", 60)
-            sizes = {"context": pair.context, "sequences": pair.sequences}
+            sizes: dict[str, Any] = {"context": pair.context, "sequences": pair.sequences}
+            if side.density:
+                sizes["density"] = side.density
             self._worker.call("start", CALL_S, threads=side.threads, **common, **sizes)
             self.generate([COLD_PROMPT], 1)
         except PeerError:

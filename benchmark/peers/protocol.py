@@ -37,7 +37,8 @@ class Adapter(Protocol):
     def start(
         self, model: str, target: str, weights: str, threads: int, context: int, sequences: int
     ) -> None:
-        """Load the model for `sequences` at once with `context` tokens of KV in all."""
+        """Load the model for `sequences` at once with `context` tokens of KV in all. What prefills
+        sparsely takes `density`, the share of causal pairs that it is to keep."""
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
         """Decode greedily, EOS ignored, no prefix cache; all prompts are sent at once."""
