@@ -50,5 +50,6 @@ NB_MODULE(_core, m) {
   sps::bind::bind_fence(m);
   sps::bind::bind_links(m);
   sps::bind::bind_moves(m);
+  sps::bind::bind_sparse(m);
   sps::bind::bind_program(m);
 }

@@ -14,6 +14,7 @@ void bind_sampling(nanobind::module_& m);
 void bind_fence(nanobind::module_& m);
 void bind_links(nanobind::module_& m);
 void bind_moves(nanobind::module_& m);
+void bind_sparse(nanobind::module_& m);
 void bind_program(nanobind::module_& m);
 
 }  // namespace sps::bind

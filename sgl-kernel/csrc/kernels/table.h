@@ -10,6 +10,7 @@
 #include "kernels/quant_many.h"
 #include "kernels/quant_pack.h"
 #include "kernels/sampling_kernel.h"
+#include "kernels/sparse_kernel.h"
 #include "sps/kernel_table.h"
 
 namespace sps {
@@ -32,6 +33,8 @@ static const KernelTable table = {
     rope_range,
     load_logits,
     exp_weights,
+    summarise_range,
+    page_share_unit,
 };
 
 }  // namespace SPS_ISA_NS

@@ -8,6 +8,7 @@
 #include "sps/merge.h"
 #include "sps/packed.h"
 #include "sps/quant.h"
+#include "sps/sparse.h"
 
 namespace sps {
 
@@ -33,6 +34,8 @@ struct KernelTable {
   void (*rope_kv_write)(const RopeParams&, int64_t begin, int64_t end);
   float (*load_logits)(const char* src, bool bf16, int64_t n, float* dst);
   void (*exp_weights)(const float* x, int64_t n, float shift, float scale, float* p);
+  void (*summarise_range)(const SummariseParams&, int64_t begin, int64_t end);  // (page, head)
+  void (*page_share_unit)(const ShareParams&, const ShareUnit&);
 };
 
 const KernelTable& generic_table();

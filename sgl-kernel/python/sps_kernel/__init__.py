@@ -38,6 +38,14 @@ from sps_kernel.packed import (
 )
 from sps_kernel.program import Program
 from sps_kernel.sampling import sample
+from sps_kernel.sparse import (
+    PageChoice,
+    choose_pages,
+    page_shares,
+    summarise_pages,
+    summary_nbytes,
+    tail_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -45,10 +53,12 @@ __all__ = [
     "ITEM_FIELDS",
     "KVPools",
     "Links",
+    "PageChoice",
     "Program",
     "add",
     "available_isas",
     "build_info",
+    "choose_pages",
     "copy",
     "cpu_features",
     "crc32c",
@@ -65,6 +75,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "packed_nbytes",
+    "page_shares",
     "paged_attention",
     "publish",
     "rms_norm",
@@ -78,6 +89,9 @@ __all__ = [
     "small_gemm",
     "store_release",
     "sum_parts",
+    "summarise_pages",
+    "summary_nbytes",
+    "tail_attention",
     "unpack_weight",
     "use_huge_pages",
     "wait_at_least",

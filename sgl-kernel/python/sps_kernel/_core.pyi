@@ -152,3 +152,43 @@ def add(src: Any, out: Any, /) -> None: ...
 def look_up(ids: Any, table: Any, out: Any, /) -> None: ...
 def sum_parts(parts: Any, out: Any, /) -> None: ...
 def rope_angles(positions: Any, frequencies: Any, scale: float, out: Any, /) -> None: ...
+def summary_nbytes(page: int, d: int, itemsize: int, /) -> int: ...
+def summarise_pages(k: Any, v: Any, slots: Any, out: Any, threads: int, /) -> None: ...
+def page_shares(
+    q: Any,
+    blocks: Any,
+    page_ids: Any,
+    summaries: Sequence[Any],
+    k_pools: Sequence[Any],
+    slots: int,
+    out: Any,
+    rows: int,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def select_pages(
+    shares: Any,
+    blocks: Any,
+    page_ids: Any,
+    page: int,
+    kv_heads: int,
+    settings: tuple[float, float, int, int, int, int, bool],
+    out: tuple[Any, ...],
+    threads: int,
+    /,
+) -> None: ...
+def tail_attention(
+    q: Any,
+    blocks: Any,
+    dropped: Any,
+    dropped_ids: Any,
+    summaries: Sequence[Any],
+    slots: int,
+    page: int,
+    out: Any,
+    lse: Any,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...

@@ -1,0 +1,104 @@
+"""`sparse.operators.SparseOperators` by the kernels of `sps_kernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
+from sps_runtime.types.attention import SparseSettings
+
+
+class KernelSparseOperators:
+    """`SparseOperators` over `sps_kernel`; pages and summaries are read where they lie.
+
+    Args:
+        kernels: the package (`ops.dispatch`).
+        threads: threads of a call; 1 where ranks fill the cores.
+    """
+
+    def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
+        self._kernels = kernels
+        self._threads = threads
+
+    def summary_nbytes(self, page_size: int, head_dim: int, itemsize: int) -> int:
+        return int(self._kernels.summary_nbytes(page_size, head_dim, itemsize))
+
+    def summarise(self, k_SKBD: Tensor, v_SKBD: Tensor, slots: Tensor, out_SKX: Tensor) -> None:
+        self._kernels.summarise_pages(k_SKBD, v_SKBD, slots, out_SKX, threads=self._threads)
+
+    def choose(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Chosen:
+        page = summaries.page_size
+        heads = next(k.shape[1] for k in k_pools if len(k))
+        shares = self._kernels.page_shares(
+            q_THD,
+            queries.blocks,
+            queries.page_ids,
+            summaries.pools,
+            k_pools,
+            slots=summaries.slots_per_rank,
+            rows=settings.rows,
+            scale=scale,
+            threads=self._threads,
+        )
+        made = self._kernels.choose_pages(
+            shares,
+            queries.blocks,
+            queries.page_ids,
+            page_size=page,
+            kv_heads=heads,
+            tau=settings.tau,
+            budget=settings.budget,
+            minimum=settings.minimum,
+            sink=settings.sink,
+            window=settings.window,
+            block=max(settings.block, page),
+            superblocks=settings.superblock > 0,
+            threads=self._threads,
+        )
+        read = len(made.page_ids)
+        return Chosen(
+            made.items,
+            made.page_ids,
+            made.page_pos,
+            made.dropped,
+            made.dropped_ids,
+            read_pairs=read,
+            causal_pairs=read + len(made.dropped_ids),
+        )
+
+    def tail(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        chosen: Chosen,
+        summaries: SummaryPool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
+        lse_TH = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
+        self._kernels.tail_attention(
+            q_THD,
+            queries.blocks,
+            chosen.dropped,
+            chosen.dropped_ids,
+            summaries.pools,
+            slots=summaries.slots_per_rank,
+            page_size=summaries.page_size,
+            out=o_THD,
+            lse=lse_TH,
+            scale=scale,
+            threads=self._threads,
+        )
+        return o_THD, lse_TH
