@@ -189,9 +189,20 @@ class Server:
         """The engine's counters, fresh."""
         return dict(json.loads(self.get("/server_info")[1])["internal_states"][0])
 
-    def stream(self, input_ids: list[int], max_new_tokens: int) -> Stream:
-        """Generate greedily from token ids, ignoring EOS, and time every token."""
-        body = {
+    def stream(
+        self,
+        input_ids: list[int],
+        max_new_tokens: int,
+        attention: dict[str, Any] | None = None,
+        timeout: float = 600,
+    ) -> Stream:
+        """Generate greedily from token ids, ignoring EOS, and time every token.
+
+        Args:
+            attention: the request's field of that name; the server's default unless told.
+            timeout: seconds without a byte.
+        """
+        body: dict[str, Any] = {
             "input_ids": input_ids,
             "stream": True,
             "sampling_params": {
@@ -200,7 +211,9 @@ class Server:
                 "ignore_eos": True,
             },
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        if attention is not None:
+            body["attention"] = attention
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         encoded = json.dumps(body)
         start = time.perf_counter()
         connection.request("POST", "/generate", encoded, {"Content-Type": "application/json"})

@@ -14,9 +14,9 @@
 namespace sps {
 
 SummaryLayout summary_layout(int page, int d, bool bf16) {
-  const int64_t codes = int64_t{page} * d / 4, vector = int64_t{d} * (bf16 ? 2 : 4);
-  return {page,           d, bf16, codes, codes + vector, codes + 2 * vector, codes + 3 * vector,
-          codes + 4 * vector};
+  const int64_t vector = int64_t{d} * (bf16 ? 2 : 4);
+  return {page,       d,          bf16,       0, vector, 2 * vector, 3 * vector, 4 * vector,
+          4 * vector + int64_t{page} * d / 4};
 }
 
 void summarise_pages(const SummariseParams& params, int64_t count, int threads) {
@@ -100,10 +100,19 @@ AttentionParams tail_attention_params(const TailParams& p) {
   a.lse_token_stride = p.lse_token_stride;
   a.lse_head_stride = p.lse_head_stride;
   a.scale = p.scale;
+  a.accumulate = p.accumulate;
   return a;
 }
 
-// Attention over the means, each of which weighs as a page's tokens do.
+void shift_lse(const TailParams& p, const QueryBlock& block, int kv_head, float by) {
+  for (int t = 0; t < block.count; ++t)
+    for (int g = 0; g < p.group; ++g)
+      p.lse[(int64_t{block.row} + t) * p.lse_token_stride +
+            (int64_t{kv_head} * p.group + g) * p.lse_head_stride] += by;
+}
+
+// Attention over the means, each of which weighs as a page's tokens do: what it is merged into is
+// made as much lighter meanwhile.
 void tail_unit(const TailParams& p, const QueryBlock& block, int kv_head, const int32_t* dropped,
                int count) {
   const Means means(p, dropped, count, kv_head);
@@ -113,16 +122,14 @@ void tail_unit(const TailParams& p, const QueryBlock& block, int kv_head, const 
   a.v_pools = &v;
   a.page_ids = means.ids;
   a.page_pos = means.positions;
+  const float log_tokens = std::log(static_cast<float>(p.layout.page));
+  if (p.accumulate) shift_lse(p, block, kv_head, -log_tokens);
   const KernelTable& table = kernels();
   const int rows = block.count * p.group, most = table.attention_max_rows(a);
   for (int first = 0; first < rows; first += most)
     table.attention_unit(a, {block.row, 0, kv_head, first, std::min(most, rows - first), 0,
                              means.tiles, count, nullptr, nullptr});
-  const float log_tokens = std::log(static_cast<float>(p.layout.page));
-  for (int t = 0; t < block.count; ++t)
-    for (int g = 0; g < p.group; ++g)
-      p.lse[(int64_t{block.row} + t) * p.lse_token_stride +
-            (int64_t{kv_head} * p.group + g) * p.lse_head_stride] += log_tokens;
+  shift_lse(p, block, kv_head, log_tokens);
 }
 
 }  // namespace

@@ -62,17 +62,23 @@ int pages_before(const SelectParams& p, int64_t block) {
   return p.blocks[block].position / p.page;
 }
 
-// Blocks [first, last) of one superblock and KV head: a byte a page of each.
+// Blocks [first, last) of one superblock and KV head: a byte a page of each. A superblock of a single
+// token reads all pages: it might as well be a generated one.
 void select_superblock(const SelectParams& p, int64_t first, int64_t last, int head,
                        uint8_t* kept) {
   const int before = pages_before(p, first);
   const auto at = [&](int64_t i) { return p.share_begin[i] + int64_t{head} * pages_before(p, i); };
+  if (last - first == 1 && p.blocks[first].count == 1) {
+    std::fill_n(kept + at(first), before, uint8_t{1});
+    return;
+  }
   std::vector<uint8_t> allowed(pages_before(p, last - 1), 1);
   if (p.settings.superblocks && before > 0) {
-    std::vector<float> largest(p.shares + at(first), p.shares + at(first) + before);
-    for (int64_t i = first + 1; i < last; ++i)
-      for (int j = 0; j < before; ++j) largest[j] = std::max(largest[j], p.shares[at(i) + j]);
-    select({largest.data(), nullptr, before}, 0, p.settings, allowed.data());
+    std::vector<float> norm(before);
+    for (int64_t i = first; i < last; ++i)
+      for (int j = 0; j < before; ++j) norm[j] += p.shares[at(i) + j] * p.shares[at(i) + j];
+    for (float& x : norm) x = std::sqrt(x);
+    select({norm.data(), nullptr, before}, 0, p.settings, allowed.data());
   }
   for (int64_t i = first; i < last; ++i)
     select({p.shares + at(i), allowed.data(), pages_before(p, i)}, p.settings.own_pages,

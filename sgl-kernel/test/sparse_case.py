@@ -99,6 +99,7 @@ class Sequences:
             self.k,
             slots=self.slots,
             rows=rows,
+            block=self.block,
             scale=scale,
             threads=threads,
         )
@@ -118,7 +119,7 @@ class Sequences:
     def log_masses(self, block, rows, scale):
         """float64 [kv_heads, group, rows, pages before] and own [kv_heads, group, rows]."""
         row, count, position, _, begin, _ = block.tolist()
-        picked = scored_rows(count, rows)
+        picked = scored_rows(count, rows if count == self.block else 0)
         before = position // self.page
         own_pages = -(-count // self.page)
         mass = torch.empty(self.kv_heads, self.group, len(picked), before, dtype=torch.float64)
@@ -139,7 +140,7 @@ class Sequences:
         """The shares of a block as `page_shares` should have them."""
         mass, own = self.log_masses(block, rows, scale)
         total = torch.logaddexp(own, mass.logsumexp(-1)) if mass.shape[-1] else own
-        return torch.exp(mass - total[..., None]).flatten(1, 2).amax(1)
+        return torch.exp(mass - total[..., None]).flatten(1, 2).square().sum(1).sqrt()
 
 
 def scored_rows(count, rows):
@@ -151,10 +152,10 @@ def scored_rows(count, rows):
 
 def decode(summary, page, d, dtype):
     """A summary's vectors, and its keys as low + code * step, in float64."""
-    packed = summary[: page * d // 4].view(page // 4, d)
-    codes = torch.cat([packed >> (2 * j) & 3 for j in range(4)])
-    vectors = summary[page * d // 4 :].clone().view(dtype).view(4, d).double()
-    low, step, mean_k, mean_v = vectors
+    vectors = summary[: 4 * d * dtype.itemsize].clone().view(dtype).view(4, d).double()
+    mean_k, mean_v, low, step = vectors
+    packed = summary[4 * d * dtype.itemsize :].view(page, d // 4)
+    codes = torch.stack([packed >> (2 * j) & 3 for j in range(4)], -1).flatten(1)
     return {
         "codes": codes,
         "low": low,

@@ -126,7 +126,6 @@ def test_what_bytes_hold_is_exact(isa, dtype, size):
     bound = 1.5e-2 if isa == "avx512_bf16" else 1e-4 * max(size, 1)
     for block, share in zip(case.blocks, case.shares(16, 1.0), strict=True):
         want = case.truth(block, 16, 1.0)
-        assert not want.numel() or float(share.max()) <= 1 + 1e-5
         torch.testing.assert_close(share.double(), want, rtol=bound, atol=1e-30)
 
 
@@ -154,6 +153,7 @@ def test_bad_arguments():
             "k_pools": case.k,
             "slots": case.slots,
             "rows": 4,
+            "block": 16,
             "scale": 1.0,
         } | changes
         page_shares(**named)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_case import NAN, Sequences
-from sps_kernel import Program, choose_pages, tail_attention
+from sps_kernel import Program, choose_pages, merge_states, tail_attention
 
 DEFAULTS = {"tau": 0.02, "budget": 0.1, "minimum": 8, "sink": 1, "window": 2}
 
@@ -39,9 +39,13 @@ def choice_ref(shares, blocks, page, superblocks, block, **settings):
         before = blocks[first][2] // page
         for head in range(shares[i].shape[0]):
             allowed = [True] * (position // page)
+            if [blocks[j][1] for j in same] == [1]:
+                found.append(allowed)
+                continue
             if superblocks and before:
-                largest = torch.stack([shares[j][head, :before] for j in same]).amax(0)
-                allowed[:before] = select(largest.double().tolist(), [True] * before, 0, **settings)
+                each = torch.stack([shares[j][head, :before] for j in same])
+                norm = each.square().sum(0).sqrt()
+                allowed[:before] = select(norm.double().tolist(), [True] * before, 0, **settings)
             share = shares[i][head].double().tolist()
             found.append(select(share, allowed, own, **settings))
     return found
@@ -83,7 +87,7 @@ def random_shares(blocks, page, heads, ties):
 @pytest.mark.parametrize("page, block", [(16, 64), (32, 32)])
 def test_choice(page, block, change, superblocks, ties):
     settings = DEFAULTS | change
-    lengths = ((21 * block + 5, 13 * block + 5), (3 * block, 3 * block), (1, 1))
+    lengths = ((21 * block + 5, 13 * block + 5), (3 * block, 3 * block), (8 * block + 1, 1), (1, 1))
     blocks, page_ids = make_blocks(page, block, 4 * block, lengths)
     shares = random_shares(blocks, page, 3, ties)
     flat = torch.cat([s.flatten() for s in shares])
@@ -187,3 +191,28 @@ def test_tail(isa, dtype, d, page, group, threads):
         program.run()  # again, as recorded
         assert torch.equal(out.nan_to_num(), before[0].nan_to_num())
         assert torch.equal(lse, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_tail_merges_into_a_partial(isa, dtype):
+    """As the merge of two partials does, an empty one among them."""
+    case = Sequences(dtype, 32, lengths=((400, 144),), superblock=64, group=3)
+    count = len(case.blocks) * case.kv_heads
+    dropped = torch.tensor([(i, i % 3) for i in range(count)], dtype=torch.int32)
+    ids = torch.tensor(case.ids[: count + 2], dtype=torch.int32)
+
+    def tail(out, lse, accumulate):
+        tail_attention(
+            case.q, case.blocks, dropped, ids, case.summaries, slots=case.slots,
+            page_size=case.page, out=out, lse=lse, scale=0.2, accumulate=accumulate,
+        )  # fmt: skip
+
+    kept, kept_lse = torch.randn(case.q.shape), torch.randn(case.q.shape[:2]) * 4
+    kept_lse[3] = -torch.inf
+    kept[3] = 0
+    alone, alone_lse = torch.zeros_like(kept), torch.full_like(kept_lse, -torch.inf)
+    tail(alone, alone_lse, False)
+    want, want_lse = merge_states(kept, kept_lse, alone, alone_lse)
+    tail(kept, kept_lse, True)
+    torch.testing.assert_close(kept, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept_lse, want_lse, rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from sps_runtime.sparse.kernel_operators import KernelSparseOperators
 from sps_runtime.sparse.operators import SparseOperators
 from sps_runtime.sparse.torch_operators import TorchOperators
 
@@ -15,7 +16,7 @@ def choose_operators(kernels: ModuleType | None, threads: int = 1) -> SparseOper
         kernels: the kernel package; None where there is none (`ops.dispatch`).
         threads: threads of one call.
     """
-    return TorchOperators()
+    return TorchOperators() if kernels is None else KernelSparseOperators(kernels, threads)
 
 
 def possible(page_size: int, head_dim: int, *, native: bool) -> bool:

@@ -1,4 +1,7 @@
-"""`sparse.operators.SparseOperators` by the kernels of `sps_kernel`."""
+"""`sparse.operators.SparseOperators` by the kernels of `sps_kernel`.
+
+The bytes of a summary are `sparse.blob`'s, so what kernels do not do is left to torch.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sps_runtime.sparse.estimators.registry import BLOCK
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
+from sps_runtime.sparse.torch_operators import TorchOperators
 from sps_runtime.types.attention import SparseSettings
 
 
 class KernelSparseOperators:
     """`SparseOperators` over `sps_kernel`; pages and summaries are read where they lie.
+
+    Other estimators than `block`, and head dims that are no multiple of 8 or under 16, go to torch.
 
     Args:
         kernels: the package (`ops.dispatch`).
@@ -23,11 +30,14 @@ class KernelSparseOperators:
     def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
         self._kernels = kernels
         self._threads = threads
+        self._torch = TorchOperators()
 
     def summary_nbytes(self, page_size: int, head_dim: int, itemsize: int) -> int:
-        return int(self._kernels.summary_nbytes(page_size, head_dim, itemsize))
+        return self._torch.summary_nbytes(page_size, head_dim, itemsize)
 
     def summarise(self, k_SKBD: Tensor, v_SKBD: Tensor, slots: Tensor, out_SKX: Tensor) -> None:
+        if not _fits(k_SKBD.shape[3]):
+            return self._torch.summarise(k_SKBD, v_SKBD, slots, out_SKX)
         self._kernels.summarise_pages(k_SKBD, v_SKBD, slots, out_SKX, threads=self._threads)
 
     def choose(
@@ -39,7 +49,9 @@ class KernelSparseOperators:
         settings: SparseSettings,
         scale: float,
     ) -> Chosen:
-        page = summaries.page_size
+        if settings.estimator != BLOCK or not _fits(summaries.head_dim):
+            return self._torch.choose(q_THD, queries, k_pools, summaries, settings, scale)
+        page, block = summaries.page_size, max(settings.block, summaries.page_size)
         heads = next(k.shape[1] for k in k_pools if len(k))
         shares = self._kernels.page_shares(
             q_THD,
@@ -49,6 +61,7 @@ class KernelSparseOperators:
             k_pools,
             slots=summaries.slots_per_rank,
             rows=settings.rows,
+            block=block,
             scale=scale,
             threads=self._threads,
         )
@@ -63,7 +76,7 @@ class KernelSparseOperators:
             minimum=settings.minimum,
             sink=settings.sink,
             window=settings.window,
-            block=max(settings.block, page),
+            block=block,
             superblocks=settings.superblock > 0,
             threads=self._threads,
         )
@@ -86,6 +99,8 @@ class KernelSparseOperators:
         summaries: SummaryPool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        if not _fits(summaries.head_dim):
+            return self._torch.tail(q_THD, queries, chosen, summaries, scale)
         o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
         lse_TH = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
         self._kernels.tail_attention(
@@ -102,3 +117,7 @@ class KernelSparseOperators:
             threads=self._threads,
         )
         return o_THD, lse_TH
+
+
+def _fits(head_dim: int) -> bool:
+    return head_dim >= 16 and head_dim % 8 == 0

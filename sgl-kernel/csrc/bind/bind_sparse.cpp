@@ -173,8 +173,8 @@ int64_t lay_out_shares(const QueryBlock* blocks, int64_t count, int page, int64_
 }
 
 void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence summaries_,
-            nb::sequence k_pools_, int64_t slots, nb::handle out_, int rows, double scale,
-            int threads) {
+            nb::sequence k_pools_, int64_t slots, nb::handle out_, int rows, int block,
+            double scale, int threads) {
   const Tensor q(q_, "q"), blocks(blocks_, "blocks"), ids(ids_, "page_ids"),
       out(out_, "shares", true);
   const PoolArrays k(k_pools_, "k_pools", 4);
@@ -185,7 +185,7 @@ void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence sum
   some.need_dtype(q.dtype);
   check_scale(scale);
   check_threads(threads);
-  if (rows < 0) value_error("rows must not be negative");
+  if (rows < 0 || block < 1) value_error("rows must not be negative, block must be positive");
   ids.need_dtype(DType::kI32).need_ndim(1).need_contiguous();
   const QueryBlock* all = check_blocks(blocks, q.shape[0], ids.shape[0], s.layout.page);
   const int64_t count = blocks.shape[0];
@@ -213,6 +213,7 @@ void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence sum
                 {some.byte_stride(0), some.byte_stride(1), some.byte_stride(2)},
                 ids.as<int32_t>(),
                 rows,
+                block,
                 static_cast<float>(scale)};
   submit({q_, blocks_, ids_, s.arrays.objects, k.objects, out_},
          [p, all, count, begin, threads, to = out.as<float>(), summaries = s.arrays.pointers,
@@ -275,7 +276,7 @@ void select(nb::handle shares_, nb::handle blocks_, nb::handle ids_, int64_t pag
 
 void tail(nb::handle q_, nb::handle blocks_, nb::handle dropped_, nb::handle dropped_ids_,
           nb::sequence summaries_, int64_t slots, int64_t page, nb::handle out_, nb::handle lse_,
-          double scale, int threads) {
+          double scale, bool accumulate, int threads) {
   const Tensor q(q_, "q"), blocks(blocks_, "blocks"), dropped(dropped_, "dropped"),
       ids(dropped_ids_, "dropped_ids"), out(out_, "out", true), lse(lse_, "lse", true);
   q.need_ndim(3);
@@ -317,7 +318,8 @@ void tail(nb::handle q_, nb::handle blocks_, nb::handle dropped_, nb::handle dro
                lse.as<float>(),
                lse.stride[0],
                lse.stride[1],
-               static_cast<float>(scale)};
+               static_cast<float>(scale),
+               accumulate};
   submit({q_, blocks_, dropped_, dropped_ids_, s.arrays.objects, out_, lse_},
          [p, threads, summaries = s.arrays.pointers]() mutable {
            p.summaries.pools = summaries.data();

@@ -165,12 +165,6 @@ static void attention_unit_of(const AttentionParams& p, const AttentionUnit& u) 
     prefill_unit<M>(p, u);
 }
 
-#ifdef SPS_HAS_DPBF16
-using Bf16Mode = ModeBf16;
-#else
-using Bf16Mode = ModeBf16AsF32;
-#endif
-
 static void attention_unit(const AttentionParams& p, const AttentionUnit& u) {
   if (p.bf16)
     attention_unit_of<Bf16Mode>(p, u);

@@ -9,6 +9,27 @@
 namespace sps {
 namespace SPS_ISA_NS {
 
+#ifdef SPS_HAS_DPBF16
+using Bf16Mode = ModeBf16;
+#else
+using Bf16Mode = ModeBf16AsF32;
+#endif
+
+// Registers of rows per block, and keys (columns) per register tile for each count of registers:
+// 16 accumulators under AVX-512's 32 registers, 8 under 16.
+#ifdef SPS_WIDE_REGISTERS
+constexpr int kRowRegs = 4;
+constexpr int kAccumulators = 16;
+#else
+constexpr int kRowRegs = 2;
+constexpr int kAccumulators = 8;
+#endif
+constexpr int kRowBlock = kRowRegs * Wide::W;
+
+constexpr int keys_per_micro(int regs) {
+  return regs == 3 ? kAccumulators / 4 : kAccumulators / regs;
+}
+
 // Allowed positions of each row (lane) of a block.
 struct RowBounds {
   const int32_t* lo;

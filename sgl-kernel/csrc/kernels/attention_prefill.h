@@ -10,22 +10,8 @@
 namespace sps {
 namespace SPS_ISA_NS {
 
-// Registers of rows per block, and keys (columns) per register tile for each count of registers:
-// 16 accumulators under AVX-512's 32 registers, 8 under 16.
-#ifdef SPS_WIDE_REGISTERS
-constexpr int kRowRegs = 4;
-constexpr int kAccumulators = 16;
-#else
-constexpr int kRowRegs = 2;
-constexpr int kAccumulators = 8;
-#endif
-constexpr int kRowBlock = kRowRegs * Wide::W;
 constexpr int kStepTiles = 4;  // tiles of one online-softmax step
 constexpr int kMaxChunkTiles = 32;
-
-constexpr int keys_per_micro(int regs) {
-  return regs == 3 ? kAccumulators / 4 : kAccumulators / regs;
-}
 
 // Tiles prepared at a time, so that their keys and values stay in the second-level cache.
 template <class M>

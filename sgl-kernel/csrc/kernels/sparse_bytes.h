@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "kernels/modes.h"
+#include "kernels/attention_tiles.h"
 
 namespace sps {
 namespace SPS_ISA_NS {
@@ -110,18 +110,69 @@ struct Bytes {
 
 #endif
 
-// A page's codes [page / 4, d] as bytes [page, d], channel c multiplied by step[c] (at most
-// kLargestStep); d bytes of `step`.
-static inline void expand_codes(const char* codes, int page, int d, const uint8_t* step,
-                                uint8_t* out) {
-  const int64_t quarter = static_cast<int64_t>(page / 4) * d;
-  for (int i = 0; i < page / 4; ++i) {
-    const uint8_t* row = reinterpret_cast<const uint8_t*>(codes) + static_cast<int64_t>(i) * d;
-    for (int j = 0; j < 4; ++j) {
-      uint8_t* to = out + j * quarter + static_cast<int64_t>(i) * d;
-      for (int c = 0; c < d; ++c)
-        to[c] = static_cast<uint8_t>((row[c] >> (2 * j) & 3) * step[c]);
+// What codes are multiplied by, 1 and 2 times, over and over so that 64 channels can be read from
+// any of the d.
+struct Multipliers {
+  uint8_t once[kMaxHeadDim + 64], twice[kMaxHeadDim + 64];
+
+  // steps: of a page; largest: of its chunk, each channel at least as large.
+  Multipliers(const float* steps, const float* largest, int d) {
+    for (int c = 0; c < d; ++c) {
+      const float x = steps[c] / largest[c] * kLargestStep;
+      once[c] = x > 0.0f && x < 256.0f ? static_cast<uint8_t>(x + 0.5f) : 0;
     }
+    for (int c = 0; c < 64; ++c) once[d + c] = once[c % d];
+    for (int c = 0; c < d + 64; ++c) twice[c] = static_cast<uint8_t>(2 * once[c]);
+  }
+};
+
+// 64 codes as bytes, times the multipliers from `at` on.
+static inline void expand_64(const uint8_t* codes, const Multipliers& m, int at, uint8_t* out) {
+#ifdef SPS_WIDE_REGISTERS
+  const __m512i bytes = _mm512_broadcast_i32x4(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m512i index = _mm512_cvtepu8_epi32(
+      _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i x = _mm512_shuffle_epi8(
+      bytes, _mm512_mullo_epi32(index, _mm512_set1_epi32(0x01010101)));
+  const __mmask64 one = _mm512_test_epi8_mask(x, _mm512_set1_epi32(0x40100401));
+  const __mmask64 two =
+      _mm512_test_epi8_mask(x, _mm512_set1_epi32(static_cast<int>(0x80200802u)));
+  const __m512i value = _mm512_maskz_loadu_epi8(one, m.once + at);
+  _mm512_storeu_si512(out,
+                      _mm512_mask_add_epi8(value, two, value, _mm512_loadu_si512(m.twice + at)));
+#elif defined(__AVX2__)
+  const __m256i one = _mm256_set1_epi32(0x40100401);
+  const __m256i two = _mm256_set1_epi32(static_cast<int>(0x80200802u));
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 4)));
+    const __m256i x = _mm256_shuffle_epi8(
+        bytes, _mm256_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 0, 0, 0, 0, 4,
+                                4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    const auto* once = reinterpret_cast<const __m256i*>(m.once + at + i);
+    const auto* twice = reinterpret_cast<const __m256i*>(m.twice + at + i);
+    const __m256i first = _mm256_cmpeq_epi8(_mm256_and_si256(x, one), one);
+    const __m256i second = _mm256_cmpeq_epi8(_mm256_and_si256(x, two), two);
+    const __m256i value =
+        _mm256_add_epi8(_mm256_and_si256(first, _mm256_loadu_si256(once)),
+                        _mm256_and_si256(second, _mm256_loadu_si256(twice)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), value);
+  }
+#else
+  for (int c = 0; c < 64; ++c)
+    out[c] = static_cast<uint8_t>((codes[c / 4] >> (2 * (c % 4)) & 3) * m.once[at + c]);
+#endif
+}
+
+// A page's codes as bytes [page, d], times the multipliers. page * d is a multiple of 128.
+static inline void expand_codes(const char* codes, int page, int d, const Multipliers& m,
+                                uint8_t* out) {
+  const auto* from = reinterpret_cast<const uint8_t*>(codes);
+  const int total = page * d;
+  for (int i = 0, at = 0; i < total; i += 64) {
+    expand_64(from + i / 4, m, at, out + i);
+    at = (at + 64) % d;
   }
 }
 

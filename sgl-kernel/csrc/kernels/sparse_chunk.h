@@ -72,15 +72,10 @@ static void prepare_chunk(const ShareParams& p, const ShareUnit& u, int first, i
     load_floats<M>(summary[j] + t.step, t.d, steps);
     for (int c = 0; c < t.d; ++c) st.step[c] = steps[c] > st.step[c] ? steps[c] : st.step[c];
   }
-  uint8_t multiplier[kMaxHeadDim];
-  for (int j = 0; j < count; ++j) {
-    const float* steps = st.steps_of + int64_t{j} * t.d;
-    for (int c = 0; c < t.d; ++c) {
-      const float x = steps[c] / st.step[c] * kLargestStep;
-      multiplier[c] = x > 0.0f && x < 256.0f ? static_cast<uint8_t>(x + 0.5f) : 0;
-    }
-    expand_codes(summary[j], t.page, t.d, multiplier, st.codes + int64_t{j} * t.page * t.d);
-  }
+  for (int j = 0; j < count; ++j)
+    expand_codes(summary[j] + t.codes, t.page, t.d,
+                 Multipliers(st.steps_of + int64_t{j} * t.d, st.step, t.d),
+                 st.codes + int64_t{j} * t.page * t.d);
 }
 
 // Channel c of a register's rows.

@@ -10,8 +10,9 @@ namespace SPS_ISA_NS {
 constexpr float kMostMass = 1e38f;
 
 // 1 / the mass that each row of a register sees in all; false where it is too large for a float.
+// 0 in the lanes from `rows` on, which repeat a row.
 template <class M>
-static bool invert_total(const ShareState<M>& st, int reg, int pages, float* inverse) {
+static bool invert_total(const ShareState<M>& st, int reg, int rows, int pages, float* inverse) {
   alignas(64) float own[Wide::W];
   for (int i = 0; i < Wide::W; ++i)
     own[i] = st.own[reg * Wide::W + i] - st.ref[reg * Wide::W + i];
@@ -20,23 +21,29 @@ static bool invert_total(const ShareState<M>& st, int reg, int pages, float* inv
     total = Wide::add(total, Wide::load(st.mass + (int64_t{j} * st.regs + reg) * Wide::W));
   const bool fits = Wide::hmax(total) < kMostMass;
   Wide::store(inverse, Wide::div(Wide::set1(1.0f), total));
+  for (int i = rows < 0 ? 0 : rows; i < Wide::W; ++i) inverse[i] = 0.0f;
   return fits;
 }
 
-// The largest share of each page before block b among its rows and heads; false where some row's
-// mass did not fit.
+// The norm of each page's shares over the rows and heads of block b; false where some row's mass
+// did not fit.
 template <class M>
 static bool write_shares(const ShareParams& p, const ShareUnit& u, int b, ShareState<M>& st) {
+  const RowSpan span = st.span[b];
   const int pages = pages_before(u.blocks[b], p.layout.page);
-  float* inverse = st.inverse;
-  for (int reg = st.span[b].first; reg < st.span[b].last; ++reg)
-    if (!invert_total(st, reg, pages, inverse + reg * Wide::W)) return false;
+  const int rows = scored_rows(p, u.blocks[b]), each = (span.last - span.first) / p.group;
+  for (int reg = span.first; reg < span.last; ++reg)
+    if (!invert_total(st, reg, rows - (reg - span.first) % each * Wide::W, pages,
+                      st.inverse + reg * Wide::W))
+      return false;
   for (int j = 0; j < pages; ++j) {
     const float* mass = st.mass + int64_t{j} * st.regs * Wide::W;
-    Wide::reg most = Wide::zero();
-    for (int at = st.span[b].first * Wide::W; at < st.span[b].last * Wide::W; at += Wide::W)
-      most = Wide::max(most, Wide::mul(Wide::load(mass + at), Wide::load(inverse + at)));
-    u.shares[b][j] = Wide::hmax(most);
+    Wide::reg squares = Wide::zero();
+    for (int at = span.first * Wide::W; at < span.last * Wide::W; at += Wide::W) {
+      const Wide::reg share = Wide::mul(Wide::load(mass + at), Wide::load(st.inverse + at));
+      squares = Wide::fma(share, share, squares);
+    }
+    u.shares[b][j] = ::sqrtf(Wide::hsum(squares));
   }
   return true;
 }
@@ -74,7 +81,7 @@ static void share_unit(const ShareParams& p, const ShareUnit& u) {
   for (int b = 0; b < u.count; ++b) write_shares<M>(p, u, b, st);
 }
 
-static void page_share_unit(const ShareParams& p, const ShareUnit& u) {
+void page_share_unit(const ShareParams& p, const ShareUnit& u) {
   if (p.layout.bf16)
     share_unit<Bf16Mode>(p, u);
   else

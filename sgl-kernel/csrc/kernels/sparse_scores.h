@@ -10,8 +10,8 @@
 #include <cmath>
 
 #include "kernels/attention_micro.h"
-#include "kernels/attention_prefill.h"
 #include "kernels/sparse_bytes.h"
+#include "sps/scratch.h"
 #include "sps/sparse.h"
 
 namespace sps {
@@ -31,7 +31,7 @@ static inline int chunk_pages(int page, int d) {
 }
 
 static inline int scored_rows(const ShareParams& p, const QueryBlock& b) {
-  return p.rows > 0 && p.rows < b.count ? p.rows : b.count;
+  return p.rows > 0 && p.rows < b.count && b.count == p.block ? p.rows : b.count;
 }
 
 // Row of the block that is its i-th scored one: evenly spaced, the last among them.

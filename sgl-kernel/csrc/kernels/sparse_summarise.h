@@ -21,14 +21,18 @@ struct F32Element {
   static void store(char* p, Wide::reg x) { Wide::store(p, x); }
 };
 
-// Codes of Wide::W channels of key i: the key's place between low and high, to the nearest of four.
-static inline void add_codes(Wide::reg key, Wide::reg low, Wide::reg step, int shift, char* codes) {
+// Codes of Wide::W channels of a key, its place between low and high to the nearest of four, as
+// Wide::W / 4 bytes.
+static inline void write_codes(Wide::reg key, Wide::reg low, Wide::reg step, char* codes) {
   float place[Wide::W];
   Wide::store(place, Wide::div(Wide::sub(key, low), step));
-  for (int c = 0; c < Wide::W; ++c) {
-    const float code = ::nearbyintf(place[c]);
-    const int kept = code < 0.0f ? 0 : code > 3.0f ? 3 : static_cast<int>(code);
-    codes[c] = static_cast<char>(codes[c] | kept << shift);
+  for (int i = 0; i < Wide::W / 4; ++i) {
+    int byte = 0;
+    for (int j = 0; j < 4; ++j) {
+      const float code = ::nearbyintf(place[4 * i + j]);
+      byte |= (code < 0.0f ? 0 : code > 3.0f ? 3 : static_cast<int>(code)) << (2 * j);
+    }
+    codes[i] = static_cast<char>(byte);
   }
 }
 
@@ -55,13 +59,9 @@ static void summarise_channels(const SummaryLayout& t, const char* k, int64_t k_
   E::store(out + t.mean_k + at, Wide::mul(sum_k, share));
   E::store(out + t.mean_v + at, Wide::mul(sum_v, share));
   const Wide::reg step = E::load(out + t.step + at);
-  const int quarter = t.page / 4;
-  for (int i = 0; i < quarter; ++i) {
-    char* codes = out + static_cast<int64_t>(i) * t.d + c;
-    std::memset(codes, 0, Wide::W);
-    for (int j = 0; j < 4; ++j)
-      add_codes(E::load(k + (i + j * quarter) * k_stride + at), low, step, 2 * j, codes);
-  }
+  char* codes = out + t.codes + c / 4;
+  for (int i = 0; i < t.page; ++i, codes += t.d / 4)
+    write_codes(E::load(k + i * k_stride + at), low, step, codes);
 }
 
 // The last channels overlap those before them where d is no multiple of a register: they come out
@@ -73,7 +73,7 @@ static void summarise_page(const SummaryLayout& t, const char* k, int64_t k_stri
     summarise_channels<E>(t, k, k_stride, v, v_stride, c + Wide::W <= t.d ? c : t.d - Wide::W, out);
 }
 
-static void summarise_range(const SummariseParams& p, int64_t begin, int64_t end) {
+void summarise_range(const SummariseParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t slot = p.slots[i / p.kv_heads], head = i % p.kv_heads;
     const char* k = p.k + slot * p.k_layout.slot_stride + head * p.k_layout.head_stride;

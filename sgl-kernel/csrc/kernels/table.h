@@ -10,11 +10,14 @@
 #include "kernels/quant_many.h"
 #include "kernels/quant_pack.h"
 #include "kernels/sampling_kernel.h"
-#include "kernels/sparse_kernel.h"
 #include "sps/kernel_table.h"
 
 namespace sps {
 namespace SPS_ISA_NS {
+
+// In translation units of their own (isa/sparse_*.cpp), which halves the longest compilation.
+void summarise_range(const SummariseParams& p, int64_t begin, int64_t end);
+void page_share_unit(const ShareParams& p, const ShareUnit& u);
 
 static const KernelTable table = {
     attention_unit,

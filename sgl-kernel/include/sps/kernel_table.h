@@ -8,9 +8,12 @@
 #include "sps/merge.h"
 #include "sps/packed.h"
 #include "sps/quant.h"
-#include "sps/sparse.h"
 
 namespace sps {
+
+struct SummariseParams;  // sps/sparse.h
+struct ShareParams;
+struct ShareUnit;
 
 struct KernelTable {
   void (*attention_unit)(const AttentionParams&, const AttentionUnit&);

@@ -8,13 +8,13 @@
 
 namespace sps {
 
-// One page's and KV head's summary: codes [page / 4, d] bytes, then low, step, mean key and mean
-// value, d elements of the pages' dtype each. Byte (i, c) of the codes holds channel c of keys
-// i + j * page / 4 in its bits 2j and 2j + 1, j = 0..3: the key is low + code * step.
+// One page's and KV head's summary: mean key, mean value, low and step, d elements of the pages'
+// dtype each, then codes [page, d / 4] bytes, four channels a byte, the first in its lowest bits:
+// the key is low + code * step.
 struct SummaryLayout {
   int page, d;
   bool bf16;
-  int64_t low, step, mean_k, mean_v;  // bytes from the summary's beginning
+  int64_t mean_k, mean_v, low, step, codes;  // bytes from the summary's beginning
   int64_t nbytes;
 };
 
@@ -50,7 +50,8 @@ struct ShareParams {
   const char* const* k_pools;
   PoolLayout k_layout;
   const int32_t* page_ids;
-  int rows;  // of a block that are scored, evenly spaced; 0: all
+  int rows;   // of a whole block that are scored, evenly spaced; 0: all
+  int block;  // tokens of a whole block; all rows of a shorter one are scored
   float scale;
 };
 
@@ -100,6 +101,7 @@ struct TailParams {
   float* lse;
   int64_t lse_token_stride, lse_head_stride;  // in elements
   float scale;
+  bool accumulate;  // merge into what out and lse hold
 };
 
 void summarise_pages(const SummariseParams& params, int64_t count, int threads);

@@ -163,6 +163,7 @@ def page_shares(
     slots: int,
     out: Any,
     rows: int,
+    block: int,
     scale: float,
     threads: int,
     /,
@@ -189,6 +190,7 @@ def tail_attention(
     out: Any,
     lse: Any,
     scale: float,
+    accumulate: bool,
     threads: int,
     /,
 ) -> None: ...

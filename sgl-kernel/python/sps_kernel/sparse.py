@@ -44,8 +44,8 @@ class PageChoice:
 
 
 def summary_nbytes(page_size: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of the summary of one page and KV head: 2 bits for each channel of each key, and low,
-    step, mean key and mean value of each channel in the pages' dtype.
+    """Bytes of the summary of one page and KV head: mean key, mean value, low and step of each
+    channel in the pages' dtype, then 2 bits for each channel of each key, four channels a byte.
 
     >>> summary_nbytes(64, 64, 2)
     1536
@@ -80,11 +80,12 @@ def page_shares(
     *,
     slots: int,
     rows: int,
+    block: int,
     scale: float,
     threads: int = 1,
 ) -> Array:
-    """The estimated share of each block's attention that each page before it gets, the largest of
-    its scored rows and of the query heads of a KV head.
+    """The estimated share of each block's attention that each page before it gets: the norm of the
+    shares that its scored rows give it in all query heads of a KV head.
 
     Parameters
     ----------
@@ -101,7 +102,9 @@ def page_shares(
     k_pools : arrays [slots, Hkv, page, d] of q's dtype
         Read for blocks' own pages.
     rows : int
-        Rows of a block that are scored, evenly spaced, the last among them; 0 for all.
+        Rows of a whole block that are scored, evenly spaced, the last among them; 0 for all.
+    block : int
+        Tokens of a whole block. All rows of a shorter one are scored.
 
     Returns float32, for each block ``[Hkv, pages before it]``, one after another.
 
@@ -114,7 +117,9 @@ def page_shares(
     index = np.asarray(blocks)
     page = next(int(k.shape[2]) for k in k_pools if len(k))
     out = empty_float32(q, (int((index[:, 2] // page).sum()) * heads,))
-    _core.page_shares(q, blocks, page_ids, summaries, k_pools, slots, out, rows, scale, threads)
+    _core.page_shares(
+        q, blocks, page_ids, summaries, k_pools, slots, out, rows, block, scale, threads
+    )
     return out
 
 
@@ -151,7 +156,7 @@ def choose_pages(
         Tokens of a whole block.
     superblocks : bool
         The blocks of a superblock choose from one set of the pages before it, itself chosen by the
-        largest share that a page has for any of them.
+        norm of the shares that a page has for each. One of a single token reads all pages.
     """
     index = np.asarray(blocks)
     before = int((index[:, 2] // page_size).sum()) * kv_heads
@@ -179,6 +184,7 @@ def tail_attention(
     out: Array,
     lse: Array,
     scale: float,
+    accumulate: bool = False,
     threads: int = 1,
 ) -> None:
     """Partial attention over the pages that blocks do not read, each of whose tokens is taken for
@@ -186,10 +192,21 @@ def tail_attention(
 
     ``blocks``, ``dropped`` and ``dropped_ids`` are :func:`choose_pages`'. ``out`` float32
     [T, Hq, d] and ``lse`` float32 [T, Hq] are written where a block drops pages; the rest is left
-    as it was.
+    as it was. With ``accumulate`` the partial is merged into what they hold.
     """
     _core.tail_attention(
-        q, blocks, dropped, dropped_ids, summaries, slots, page_size, out, lse, scale, threads
+        q,
+        blocks,
+        dropped,
+        dropped_ids,
+        summaries,
+        slots,
+        page_size,
+        out,
+        lse,
+        scale,
+        accumulate,
+        threads,
     )
 
 

@@ -1,0 +1,120 @@
+"""What block-sparse attention saves of a long prompt's time to its first token, on one host.
+
+The `0.5b` shape on two ranks, a thread each: exact attention beside csa with page sets of 10% and
+12%, requests in turns (exact, 10%, 12%, 12%, 10%, exact), no prefix cache hit. The weights are
+random and attend almost uniformly, so what csa reads is forced: ``tau`` 0 lets the budget alone say
+how many pages each query block keeps. All the rest of csa runs and is paid for: summaries, scores
+of all pages, choice, tail, merge. Which pages are best says nothing about a trained model, and so
+nothing here is about answers. The density that came out is the server's own report, over causal
+(query block, page, KV head): at least 8 pages a block, so that short prompts keep more.
+
+Metrics are defined in benchmark/README.md.
+
+    python benchmark/sparse_prefill.py [--lengths 8192 16384] [--rounds 1] [--model DIR]
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import Server, Stream, arguments, best_floors, floors, median, report
+from long_prompt import PAGE, flops
+from make_model import SHAPES, make_model
+
+MODEL = "0.5b"
+LENGTHS = (8192, 16384, 32768, 65536)
+QUICK = (4096,)
+BUDGETS = (0.10, 0.12)
+EXACT = "exact"
+WARM = 2048
+"""Tokens of the untimed prompt before all others; csa may not pay for so few."""
+
+
+def setups(budgets: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+    """A request's ``attention`` by the name of what is measured."""
+    forced = {"mode": "csa", "tau": 0.0}
+    sparse = {f"csa_{round(100 * b)}": {**forced, "budget": b} for b in budgets}
+    return {EXACT: {"mode": "exact"}, **sparse}
+
+
+def ask(server: Server, ids: list[int], attention: dict[str, Any]) -> dict[str, Any]:
+    """One fresh prompt, one token."""
+    stream: Stream = server.stream(ids, 1, attention=attention, timeout=3600)
+    return {"ttft_s": stream.ttft, "attention": stream.meta.get("attention")}
+
+
+def measure(
+    server: Server, lengths: tuple[int, ...], names: dict[str, dict[str, Any]], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of all lengths, each setup forwards and backwards."""
+    rng = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(300, 1000) for _ in range(length)]
+
+    for attention in names.values():
+        ask(server, prompt(WARM), attention)
+    for length in lengths:
+        for name in [*names, *reversed(names)] * rounds:
+            row = ask(server, prompt(length), names[name])
+            row |= {"setup": name, "length": length}
+            print(f"{length} {name} {row['ttft_s']:.2f} s {density(row):.3f}", flush=True)
+            yield row
+
+
+def density(row: dict[str, Any]) -> float:
+    """Of a row, as the server reports it."""
+    return float((row["attention"] or {}).get("density", 1.0))
+
+
+def figures_of(rows: list[dict[str, Any]], names: dict[str, Any]) -> dict[str, float]:
+    """Medians by setup and length, what csa gains over exact, and how alike repetitions are."""
+    figures: dict[str, float] = {}
+    for length in sorted({row["length"] for row in rows}):
+        found = {n: [r for r in rows if (r["setup"], r["length"]) == (n, length)] for n in names}
+        times = {n: [r["ttft_s"] for r in there] for n, there in found.items()}
+        for name, there in found.items():
+            figures[f"ttft_s_{name}_sp2_{length}"] = median(times[name])
+            figures[f"ttft_spread_{name}_sp2_{length}"] = max(times[name]) / min(times[name])
+            if name != EXACT:
+                gain = median(times[EXACT]) / median(times[name])
+                figures[f"ttft_ratio_exact_over_{name}_sp2_{length}"] = gain
+                figures[f"density_{name}_sp2_{length}"] = density(there[0])
+        figures[f"exact_flops_{length}"] = flops(SHAPES[MODEL], length)
+    return figures
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the prompts")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of all setups a length")
+    parser.add_argument(
+        "--model", type=Path, help="a directory of the 0.5b shape, else one is made"
+    )
+    args = parser.parse_args()
+    lengths = tuple(args.lengths or (QUICK if args.quick else LENGTHS))
+    names = setups(BUDGETS[:1] if args.quick else BUDGETS)
+    before = floors(2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model or Path(folder) / f"bench-{MODEL}"
+        if args.model is None:
+            make_model(MODEL, path)
+        room = str(max(lengths) + WARM + 16 * PAGE)
+        flags = ["--model-path", str(path), "--sp-size", "2", "--threads-per-rank", "1"]
+        pool = ["--max-total-tokens", str(2 * int(room)), "--context-length", room]
+        with Server(*flags, *pool) as server:
+            rows = list(measure(server, lengths, names, args.rounds))
+    floor = best_floors(before, floors(2))
+    figures = figures_of(rows, names)
+    for length in lengths:
+        best = figures.pop(f"exact_flops_{length}") / floor["gemm_flops_per_s"]
+        figures[f"share_of_floor_exact_sp2_{length}"] = best / figures[f"ttft_s_exact_sp2_{length}"]
+    report(args.json, {**floor, **figures}, rows)
+
+
+if __name__ == "__main__":
+    main()
