@@ -210,6 +210,11 @@ def test_tail(operators, dtype: torch.dtype, head_dim: int) -> None:
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(o, want_o, rtol=0, atol=tolerance)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    kept = torch.randn(o.shape), torch.randn(lse.shape)
+    onto = kept[0].clone(), kept[1].clone()
+    assert all(a is b for a, b in zip(operators.tail(*arguments, onto), onto, strict=True))
+    for got, want in zip(onto, TorchOperators().tail(*arguments, kept), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=tolerance)
 
 
 def test_other_estimators_go_to_torch(operators) -> None:

@@ -91,6 +91,17 @@ class KernelSparseOperators:
             causal_pairs=read + len(made.dropped_ids),
         )
 
+    def masses(
+        self,
+        q_HD: Tensor,
+        page_ids: Tensor,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Tensor:
+        return self._torch.masses(q_HD, page_ids, k_pools, summaries, settings, scale)
+
     def tail(
         self,
         q_THD: Tensor,
@@ -98,11 +109,11 @@ class KernelSparseOperators:
         chosen: Chosen,
         summaries: SummaryPool,
         scale: float,
+        onto: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if not _fits(summaries.head_dim):
-            return self._torch.tail(q_THD, queries, chosen, summaries, scale)
-        o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-        lse_TH = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
+            return self._torch.tail(q_THD, queries, chosen, summaries, scale, onto)
+        o_THD, lse_TH = _empty(q_THD) if onto is None else onto
         self._kernels.tail_attention(
             q_THD,
             queries.blocks,
@@ -114,9 +125,16 @@ class KernelSparseOperators:
             out=o_THD,
             lse=lse_TH,
             scale=scale,
+            accumulate=onto is not None,
             threads=self._threads,
         )
         return o_THD, lse_TH
+
+
+def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:
+    """The partial of queries that saw no key."""
+    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
+    return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
 
 
 def _fits(head_dim: int) -> bool:

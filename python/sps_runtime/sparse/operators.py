@@ -122,7 +122,9 @@ class SparseOperators(Protocol):
         chosen: Chosen,
         summaries: SummaryPool,
         scale: float,
+        onto: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The mean-field partial over the dropped pages: o fp32 ``[tokens, heads, head_dim]``, lse
-        fp32 ``[tokens, heads]``; (0, -inf) where nothing was dropped and for rows in no block."""
+        fp32 ``[tokens, heads]``; (0, -inf) where nothing was dropped and for rows in no block. It
+        is merged into `onto`, a partial of the same rows, in place, where that is given."""
         ...

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sps_runtime.ops.merge_state import merge_state
 from sps_runtime.sparse import blob
 from sps_runtime.sparse.estimators.protocol import Estimator, ProbingEstimator
 from sps_runtime.sparse.estimators.registry import BLOCK, estimator, whole_blocks
@@ -94,6 +95,7 @@ class TorchOperators:
         chosen: Chosen,
         summaries: SummaryPool,
         scale: float,
+        onto: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         o_THD = torch.zeros(q_THD.shape, dtype=torch.float32)
         lse_TH = torch.full(q_THD.shape[:2], -torch.inf)
@@ -113,7 +115,11 @@ class TorchOperators:
                 torch.tensor(float(summaries.page_size))
             )
             o_THD[cut], lse_TH[cut] = score.softmax(-1) @ mean_v[:, 0], score.logsumexp(-1)
-        return o_THD, lse_TH
+        if onto is None:
+            return o_THD, lse_TH
+        for to, merged in zip(onto, merge_state(*onto, o_THD, lse_TH), strict=True):
+            to.copy_(merged)
+        return onto
 
 
 def gather(pools: Sequence[Tensor], slots_per_rank: int, ids: Tensor) -> Tensor:

@@ -293,8 +293,7 @@ void tail(nb::handle q_, nb::handle blocks_, nb::handle dropped_, nb::handle dro
   out.need_dtype(DType::kF32).need_shape({q.shape[0], q.shape[1], q.shape[2]});
   out.need_last_contiguous();
   lse.need_dtype(DType::kF32).need_shape({q.shape[0], q.shape[1]});
-  const QueryBlock* all =
-      check_blocks(blocks, q.shape[0], INT32_MAX, static_cast<int>(page));
+  const QueryBlock* all = check_blocks(blocks, q.shape[0], INT32_MAX, 1);
   const int32_t* ranges = dropped.as<int32_t>();
   for (int64_t i = 0; i < dropped.shape[0]; ++i)
     if (ranges[2 * i] < 0 || ranges[2 * i + 1] < 0 ||

@@ -86,12 +86,12 @@ class SparseRows:
             audited = np.zeros_like(wanted)
             self._measure.keep(self._layer, blocks, self._q_THD, kept.lse, self._first_row)
         self._counts.add(blocks, chosen, wanted, audited)
-        if settings.tail == "none" or not len(chosen.dropped_ids):
-            return [kept]
-        tail = self._operators.tail(
-            self._q_THD, blocks.queries, chosen, self._summaries, self._scale
-        )
-        return [kept, Partial(*tail)]
+        if settings.tail == "mean" and len(chosen.dropped_ids):
+            onto = (kept.o, kept.lse)
+            self._operators.tail(
+                self._q_THD, blocks.queries, chosen, self._summaries, self._scale, onto
+            )
+        return [kept]
 
     def _choose(self, queries: QueryBlocks, settings: SparseSettings) -> Chosen:
         return self._operators.choose(
