@@ -15,13 +15,14 @@ import sys
 import psutil
 import torch
 from test.dist.step_case import StepCase
+from test.dist.stride_case import StrideCase, spec
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.distributed.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from sps_runtime.distributed.communicator import Mailroom, Traffic
-from sps_runtime.distributed.fences import SharedLayerFence
+from sps_runtime.distributed.fences import NoFence, SharedLayerFence
 from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
 from sps_runtime.distributed.shared_memory import SharedMemoryMailroom
@@ -32,6 +33,7 @@ from sps_runtime.distributed.torch_dist import (
     tcp_store,
 )
 from sps_runtime.kvstore.pool import KVPool, KVStore
+from sps_runtime.types.attention import AttentionSpec
 
 RING = 4096
 LAYERS = 50
@@ -115,16 +117,21 @@ def check_steps(rank: int, size: int, descriptors: list[int]) -> None:
         KVPool.shared(shape, torch.float32, descriptor, writable=peer == rank)
         for peer, descriptor in enumerate(descriptors[2:])
     ]
-    for epoch in range(1, 17):
-        strategy = ("pass_kv", "pass_q", "ulysses", "replicated")[epoch % 4]
+    for epoch in range(1, 21):
+        strategy = ("pass_kv", "pass_q", "ulysses", "replicated", "stride")[epoch % 5]
         rng = random.Random(epoch)
         sequences = [(rng.choice((0, 5, 100)), rng.randint(1, 60)) for _ in range(3)]
-        case = StepCase(
-            sequences,
-            strategy="pass_q" if strategy == "replicated" else strategy,
-            placement="replicated" if strategy == "replicated" else "sharded",
-            sp=size, seed=epoch, epoch=epoch, window=rng.choice((None, 30)),
-        )  # fmt: skip
+        same = {"sp": size, "seed": epoch, "epoch": epoch, "window": rng.choice((None, 30))}
+        if strategy == "stride":
+            case: StepCase = StrideCase(sequences, specs=[spec(4), spec(2), AttentionSpec()], **same)
+        else:
+            replicated = strategy == "replicated"
+            case = StepCase(
+                sequences,
+                strategy="pass_q" if replicated else strategy,
+                placement="replicated" if replicated else "sharded",
+                **same,
+            )
         case.fill_own(pools, rank)
         all_gather(everyone, torch.ones(1), [1] * size, "control")
         store = KVStore(pools, rank)
@@ -134,6 +141,24 @@ def check_steps(rank: int, size: int, descriptors: list[int]) -> None:
             )
         )
         all_gather(everyone, torch.ones(1), [1] * size, "control")
+
+
+def check_strides(mailroom: TorchDistMailroom, rank: int, size: int) -> None:
+    """Stride attention between hosts: messages under several tags on their way at once."""
+    for seed, lay in enumerate(("contiguous", "zigzag", "random")):
+        case = StrideCase(
+            [(0, 133), (40, 61)], sp=size, lay=lay, seed=seed, hosts=tuple(range(size)), heads=8,
+            kv_heads=4, specs=[spec(4, ((2, 2),)), spec(4), AttentionSpec()],
+        )  # fmt: skip
+        pools = [KVPool.private(case.kv_shape(), torch.float32) for _ in range(size)]
+        case.fill_own(pools, rank)
+        store = KVStore([pool if r == rank else None for r, pool in enumerate(pools)], rank)
+        case.check_rank(
+            AttentionContext(
+                Mesh(size, 1, rank), mailroom, store, NoFence(), TorchBackend(), mailroom.traffic,
+                tuple(range(size)),
+            )
+        )  # fmt: skip
 
 
 def main(kind: str, rank: int, size: int, argument: str) -> None:
@@ -161,6 +186,7 @@ def main(kind: str, rank: int, size: int, argument: str) -> None:
             store = tcp_store("127.0.0.1", int(argument), size, master=rank == 0, timeout_s=30)
         group = gloo_group(store, rank, size, address="127.0.0.1", timeout_s=30)
         mailroom = TorchDistMailroom(group, traffic)
+        check_strides(mailroom, rank, size)
         listening = [c for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
         assert listening and all(c.laddr.ip == "127.0.0.1" for c in listening), listening
     check_exchanges(mailroom, rank, tuple(range(size)), 30)
