@@ -63,6 +63,15 @@ def test_what_drops_nothing_answers_as_exact(server: EchoHttp) -> None:
     assert sparse.json()["output_ids"] == exact.json()["output_ids"]
 
 
+def test_generated_tokens_choose_their_pages_too(server: EchoHttp) -> None:
+    text = "A fourth day. " + DOCUMENT
+    exact = generate(server, text, {"mode": "exact"}).json()["output_ids"]
+    whole = {"mode": "csa", "tau": 0, "decode": "sparse"}
+    assert generate(server, text, whole).json()["output_ids"] == exact
+    some = meta(generate(server, text, {**CSA, "decode": "sparse"}))
+    assert some["completion_tokens"] == 6 and some["attention"]["density"] < 0.6
+
+
 def test_a_short_prompt_runs_exact_and_says_so(server: EchoHttp) -> None:
     report = meta(generate(server, "Short.", CSA))["attention"]
     assert report["mode"] == "exact" and "2048" in report["reason"]
