@@ -38,6 +38,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "tp": {"world": "tp"},
     "pass_kv": {"strategy": "pass_kv"},
     "ulysses": {"strategy": "ulysses"},
+    "stride_csa": {"sparse": {"estimator": "stride"}},
+    "block_csa": {"sparse": {}},
 }
 
 

@@ -21,20 +21,24 @@ import torch
 
 from make_model import SHAPES
 from sps_runtime.attention.choose import choose_backend
-from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.context import AttentionContext, SparseMeans
 from sps_runtime.config.model import ModelConfig, parse_model_config
 from sps_runtime.distributed.collectives import all_gather
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.fences import NoFence
 from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
-from sps_runtime.kvcache.placement import divide, make_placement
+from sps_runtime.kvcache.placement import divide, divide_units, make_placement
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.kvstore.summaries import SummaryShape, SummaryStore
 from sps_runtime.models.loader import LoadSpec, build_model, load_weights
 from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
+from sps_runtime.scheduler.chunking import superblock_pages
+from sps_runtime.sparse.dispatch import choose_operators
+from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
 from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan, Strategy
 from sps_runtime.types.sampling import SamplingParams
 from sps_runtime.types.tokens import pack_ids
@@ -50,6 +54,7 @@ class Prefill:
         world: ``sp``, a rank's tokens on each host, or ``tp``, a rank's heads.
         chunk: tokens of a step; 0 for the whole prompt in one.
         placement: a name of `kvcache.placement`.
+        sparse: fields of `SparseSettings`; None for exact attention.
     """
 
     tokens: int
@@ -58,6 +63,7 @@ class Prefill:
     pipeline: bool = True
     chunk: int = 0
     placement: str = "zigzag"
+    sparse: dict[str, Any] | None = None
 
     def plans(self, epoch: int, ranks: int, slots: int) -> list[StepPlan]:
         """The steps of the prompt; its first token is sampled in the last."""
@@ -66,12 +72,10 @@ class Prefill:
         prompt = [draw.randrange(300, 30_000) for _ in range(self.tokens)]
         free = {rank: iter(range(rank * slots, (rank + 1) * slots)) for rank in group}
         size, pages, plans = self.chunk or self.tokens, list[int](), list[StepPlan]()
+        spec = EXACT if self.sparse is None else AttentionSpec("csa", SparseSettings(**self.sparse))
         for start in range(0, self.tokens, size):
             count = min(size, self.tokens - start)
-            wanted = -(-(start + count) // PAGE) - len(pages)
-            quotas = divide(wanted, dict.fromkeys(group, slots))
-            assert quotas is not None
-            pages += [next(free[rank]) for rank in make_placement(self.placement)(quotas)]
+            pages += [next(free[rank]) for rank in self._deal(spec, start, start + count, group)]
             last = start + count == self.tokens
             sequence = SequencePlan(
                 slot=0,
@@ -80,6 +84,8 @@ class Prefill:
                 tokens=pack_ids(prompt[start : start + count]),
                 pages=pack_ids(pages),
                 sample=SamplePlan(SamplingParams(temperature=0.0)) if last else None,
+                attention=spec,
+                summaries_from=start,
             )
             plans.append(
                 StepPlan(
@@ -87,6 +93,18 @@ class Prefill:
                 )
             )
         return plans
+
+    def _deal(
+        self, spec: AttentionSpec, start: int, stop: int, group: tuple[int, ...]
+    ) -> list[int]:
+        """Owners of the pages of new tokens; under csa those of a superblock stay together."""
+        place, room = make_placement(self.placement), dict.fromkeys(group, stop)
+        if spec.sparse is not None:
+            sizes = superblock_pages(spec.sparse, start, stop, PAGE)
+            return divide_units(sizes, room, place)
+        quotas = divide(-(-stop // PAGE) - -(-start // PAGE), room)
+        assert quotas is not None
+        return place(quotas)
 
 
 class Rank:
@@ -118,11 +136,17 @@ class Rank:
         everyone = self._mailroom.group(tuple(range(self.size)))
         all_gather(everyone, torch.ones(1), [1] * self.size, "control")
         began = time.monotonic()
-        counters = [runner.execute(plan).counters for plan in plans]
+        results = [runner.execute(plan) for plan in plans]
         ended = time.monotonic()
+        counters = [result.counters for result in results]
+        sparse = [one for result in results for one in result.sparse]
+        counts = {
+            name: sum(getattr(one, name) for one in sparse)
+            for name in ("read_pairs", "causal_pairs", "fetched_units", "remote_units")
+        }
         fields = ("sent_bytes", "linear_bytes", "physical_bytes", "exposed_s", "compute_s")
         totals = {name: sum(getattr(c, name) for c in counters) for name in fields}
-        return {"began": began, "ended": ended, **totals}
+        return {"began": began, "ended": ended, **totals, **counts}
 
     def _runner(self, world: str, pipeline: bool) -> ModelRunner:
         key = (world, pipeline)
@@ -159,7 +183,16 @@ class Rank:
             traffic=self._traffic,
             hosts=tuple(range(mesh.sp_size)),
             ops=self._ops.operators,
+            sparse=self._sparse(shape, mesh),
+            windows=self.config.layer_windows,
         )
+
+    def _sparse(self, shape: KVShape, mesh: Mesh) -> SparseMeans:
+        operators = choose_operators(self._ops.kernels)
+        nbytes = operators.summary_nbytes(PAGE, shape.head_dim, shape.itemsize)
+        room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
+        pools = [room.private() for _ in range(mesh.sp_size)]
+        return SparseMeans(operators, SummaryStore(pools, mesh.sp_rank))
 
 
 def kv_shape(config: ModelConfig, tp: int, slots: int) -> KVShape:
