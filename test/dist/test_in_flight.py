@@ -50,22 +50,28 @@ def run_alone(engine: ThreadEngine, planner: Planner, requests: list[Request]) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "sp", "dealing", "page_size"),
+    ("kind", "sp", "dealing", "page_size", "strategy"),
     [
-        ("llama", 2, "zigzag", 16),
-        ("qwen3", 2, "contiguous", 64),
-        ("window", 2, "random", 16),
-        ("window", 3, "zigzag", 64),
-        ("llama", 4, "contiguous", 16),
-        ("qwen3", 4, "zigzag", 16),
+        ("llama", 2, "zigzag", 16, "pass_kv"),
+        ("qwen3", 2, "contiguous", 64, "pass_kv"),
+        ("window", 2, "random", 16, "pass_kv"),
+        ("window", 3, "zigzag", 64, "pass_kv"),
+        ("llama", 4, "contiguous", 16, "pass_kv"),
+        ("qwen3", 4, "zigzag", 16, "ulysses"),
+        ("llama", 2, "zigzag", 64, "ulysses"),
+        ("window", 3, "random", 16, "ulysses"),
     ],
 )
-def test_the_same_tokens_and_bytes(kind: str, sp: int, dealing: str, page_size: int) -> None:
+def test_the_same_tokens_and_bytes(
+    kind: str, sp: int, dealing: str, page_size: int, strategy: str
+) -> None:
     sent = {}
     for pipeline in (False, True):
         engine = engine_between_hosts(kind, sp, page_size, pipeline)
         pages = TIGHT_PAGES[page_size]
-        shape = Shape(sp, page_size, pages, dealing=dealing, decode="sharded", overlap=False)
+        shape = Shape(
+            sp, page_size, pages, dealing=dealing, strategy=strategy, decode="sharded", overlap=False
+        )
         first = Request(prompt(1037), NEW_TOKENS, chunk=0)
         requests = [
             first,

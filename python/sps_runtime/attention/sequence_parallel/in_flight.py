@@ -39,6 +39,7 @@ OLD = 0
 _HERE = "sps_runtime.attention.sequence_parallel"
 FLYING = {
     "pass_kv": f"{_HERE}.flying_pass_kv:FlyingPassKV",
+    "ulysses": f"{_HERE}.flying_ulysses:FlyingUlysses",
     "csa": f"{_HERE}.flying_csa:FlyingCsa",
 }
 """Strategy -> ``module:class``; each class takes a `Flight` and is a `Flying`."""
@@ -88,7 +89,8 @@ def flight_of(plan: StepPlan, layout: ShardLayout, context: AttentionContext) ->
     if sparse is not None:
         whole = bool(context.windows) and not any(context.windows)
         name = "csa" if whole and sparse.estimator != "stride" else ""
-    if name not in FLYING:
+    owners = layout.pages.owners
+    if name not in FLYING or (owners == owners[0]).all():
         return None
     plans = cut(plan, layout)
     return Flight(name, plans, layout, context) if len(plans) > 1 else None

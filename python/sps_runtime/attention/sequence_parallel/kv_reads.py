@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import PagePool, Partial, QueryRun
+from sps_runtime.attention.backend import AttentionBackend, PagePool, Partial, QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, needed, query_runs
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints, Runs
@@ -49,6 +49,48 @@ class HeadShare:
             ((whole[1] * group, end), (whole[1], last)),
         ]
         return cls((begin, end), (first, last), tuple(c for c in cuts if c[0][0] < c[0][1]))
+
+
+def share_partial(
+    backend: AttentionBackend,
+    q_THD: Tensor,
+    runs: Sequence[QueryRun],
+    pool: PagePool,
+    share: HeadShare,
+    first_kv: int,
+    scale: float,
+    window: int | None,
+) -> Partial:
+    """The partial of a member's heads.
+
+    Args:
+        q_THD: the heads of `share`.
+        first_kv: the pool's first KV head, among the TP slice's.
+    """
+    if len(share.segments) == 1:
+        kv = share.segments[0][1]
+        return backend.partial(
+            q_THD,
+            runs,
+            pool,
+            scale=scale,
+            window=window,
+            kv_heads=(kv[0] - first_kv, kv[1] - first_kv),
+        )
+    o = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
+    lse = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
+    for (begin, end), kv in share.segments:
+        heads = slice(begin - share.q[0], end - share.q[0])
+        part = backend.partial(
+            q_THD[:, heads].contiguous(),
+            runs,
+            pool,
+            scale=scale,
+            window=window,
+            kv_heads=(kv[0] - first_kv, kv[1] - first_kv),
+        )
+        o[:, heads], lse[:, heads] = part.o, part.lse
+    return Partial(o, lse)
 
 
 class KVReads:
@@ -110,51 +152,17 @@ class KVReads:
         step.context.traffic.attention_bytes += (
             self._remote_tokens * shape.token_bytes * heads // shape.kv_heads
         )
-        pool = step.context.pages(layer)
-        partial = self._partial(q_THD, self.in_place, pool, share, 0, scale, window)
+        pool, backend = step.context.pages(layer), step.context.backend
+        partial = share_partial(backend, q_THD, self.in_place, pool, share, 0, scale, window)
         if arriving is None:
             return partial
         staged = arriving()
         if not self.staged:
             return partial
-        other = self._partial(q_THD, self.staged, staged, share, share.kv[0], scale, window)
+        other = share_partial(
+            backend, q_THD, self.staged, staged, share, share.kv[0], scale, window
+        )
         return Partial(*merge_state(partial.o, partial.lse, other.o, other.lse))
-
-    def _partial(
-        self,
-        q_THD: Tensor,
-        runs: Sequence[QueryRun],
-        pool: PagePool,
-        share: HeadShare,
-        first_kv: int,
-        scale: float,
-        window: int | None,
-    ) -> Partial:
-        backend = self._step.context.backend
-        if len(share.segments) == 1:
-            kv = share.segments[0][1]
-            return backend.partial(
-                q_THD,
-                runs,
-                pool,
-                scale=scale,
-                window=window,
-                kv_heads=(kv[0] - first_kv, kv[1] - first_kv),
-            )
-        o = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-        lse = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
-        for (begin, end), kv in share.segments:
-            heads = slice(begin - share.q[0], end - share.q[0])
-            part = backend.partial(
-                q_THD[:, heads].contiguous(),
-                runs,
-                pool,
-                scale=scale,
-                window=window,
-                kv_heads=(kv[0] - first_kv, kv[1] - first_kv),
-            )
-            o[:, heads], lse[:, heads] = part.o, part.lse
-        return Partial(o, lse)
 
     def _plan_transfer(self, readers: Sequence[Runs], window: int | None) -> None:
         step, layout = self._step, self._step.layout

@@ -64,7 +64,7 @@ class Ulysses:
         ) == np.maximum.reduceat(owners, first)
         crossing = [self._crossing(member) for member in range(step.size)]
         self._counts = [int(runs.count.sum()) for runs in crossing]
-        self._all = _laid_end_to_end(crossing)
+        self._all = laid_end_to_end(crossing)
         self._staying_runs = self._staying()
         rows = np.flatnonzero(~self._local[layout.sequences(step.me)])
         self._rows = torch.from_numpy(rows)
@@ -130,7 +130,7 @@ class Ulysses:
         )
 
 
-def _laid_end_to_end(parts: list[Runs]) -> Runs:
+def laid_end_to_end(parts: list[Runs]) -> Runs:
     """Runs of all members, their rows packed in member order."""
     count = np.concatenate([runs.count for runs in parts])
     return Runs(
