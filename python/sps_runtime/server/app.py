@@ -17,6 +17,7 @@ from sps_runtime.server.auth import Access, Keys
 from sps_runtime.server.error_handlers import handle_error
 from sps_runtime.server.openai_chat import chat_completions
 from sps_runtime.server.openai_completions import completions
+from sps_runtime.server.responses import create_response, delete_response, get_response
 from sps_runtime.server.service import Call, Service
 from sps_runtime.server.sglang_generate import generate
 
@@ -44,6 +45,9 @@ ROUTES = (
     RouteSpec("/metrics", _GET, Access.PUBLIC, probes.metrics),
     RouteSpec("/v1/completions", _POST, Access.USER, completions),
     RouteSpec("/v1/chat/completions", _POST, Access.USER, chat_completions),
+    RouteSpec("/v1/responses", _POST, Access.USER, create_response),
+    RouteSpec("/v1/responses/{response}", _GET, Access.USER, get_response),
+    RouteSpec("/v1/responses/{response}", ("DELETE",), Access.USER, delete_response),
     RouteSpec("/v1/messages", _POST, Access.USER, messages),
     RouteSpec("/v1/messages/count_tokens", _POST, Access.USER, count_tokens),
     RouteSpec("/v1/models", _GET, Access.USER, admin.list_models),

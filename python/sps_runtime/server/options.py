@@ -85,6 +85,20 @@ OPENAI = frozenset(
 ANTHROPIC = frozenset(
     {"container", "context_management", "mcp_servers", "prefill", "output_format"}
 )
+RESPONSES_API = frozenset(
+    {
+        "background",
+        "context_management",
+        "conversation",
+        "include",
+        "max_tool_calls",
+        "moderation",
+        "prompt",
+        "reasoning",
+        "top_logprobs",
+        "truncation",
+    }
+)
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "function_call": ("none", "auto"),
@@ -93,8 +107,22 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "length_penalty": (1, 1.0),
     "add_special_tokens": (True,),
+    "truncation": ("disabled",),
+    "top_logprobs": (0,),
+    "reasoning": ({"effort": None, "summary": None}, {"effort": None}),
+    "include": (["reasoning.encrypted_content"],),
 }
-_NEEDLESS = frozenset({"model", "user", "store", "metadata", "service_tier"})
+_NEEDLESS = frozenset(
+    {
+        "model",
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "prompt_cache_key",
+        "safety_identifier",
+    }
+)
 """Known, without any effect on the answer, and sent by ordinary clients: not worth naming."""
 
 

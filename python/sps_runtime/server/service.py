@@ -16,6 +16,7 @@ from sps_runtime.frontend.tokenizer_manager import TokenizerManager
 from sps_runtime.server.auth import Identity
 from sps_runtime.server.generation_probe import GenerationProbe
 from sps_runtime.server.metrics import Metrics
+from sps_runtime.server.responses_store import ResponseStore
 from sps_runtime.types.errors import InvalidRequest
 
 
@@ -46,6 +47,7 @@ class Service:
         metrics: what /metrics shows.
         probe: behind /health_generate.
         started: unix time of the start.
+        responses: former responses of /v1/responses.
     """
 
     manager: TokenizerManager
@@ -55,6 +57,7 @@ class Service:
     probe: GenerationProbe
     timeouts: Timeouts = Timeouts()
     started: int = field(default_factory=lambda: int(time.time()))
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def model_name(self) -> str:
