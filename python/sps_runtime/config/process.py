@@ -104,6 +104,8 @@ class GrammarWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend: its name.
         memory_bytes: addresses that grammars may take beyond what the process needs itself.
+        cpu_s: seconds that one grammar may compute; not of the clock, so that what is refused does
+            not depend on who else uses the machine.
     """
 
     backend: str
@@ -111,3 +113,4 @@ class GrammarWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     memory_bytes: int = 512 << 20
+    cpu_s: float = 5.0

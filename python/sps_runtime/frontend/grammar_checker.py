@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 from collections import OrderedDict
 
@@ -59,9 +60,11 @@ class _Worker:
         body = msgspec.msgpack.encode(spec)
         self._writer.write(HEADER.pack(len(body)) + body)
 
-    def close(self) -> None:
+    def end(self) -> int:
+        """End the process if it lives; its exit status."""
         self._writer.close()
         self._child.close()
+        return self._child.process.returncode
 
 
 class GrammarChecker:
@@ -69,12 +72,12 @@ class GrammarChecker:
 
     Args:
         config: of the worker, which is started when the first grammar comes.
-        timeout_s: how long one grammar may take.
+        timeout_s: how long one grammar may take by the clock, its limit of computing aside.
         start_s: how long the worker may take to start.
     """
 
     def __init__(
-        self, config: GrammarWorkerConfig, *, timeout_s: float = 5.0, start_s: float = 30.0
+        self, config: GrammarWorkerConfig, *, timeout_s: float = 30.0, start_s: float = 30.0
     ) -> None:
         self._config = config
         self._timeout_s = timeout_s
@@ -111,7 +114,7 @@ class GrammarChecker:
     def close(self) -> None:
         """End the worker."""
         if self._worker is not None:
-            self._worker.close()
+            self._worker.end()
             self._worker = None
 
     async def _judge(self, spec: GrammarSpec) -> Verdict:
@@ -135,7 +138,9 @@ class GrammarChecker:
             return Rejected(f"it takes longer than {self._timeout_s:g} s to compile")
         except (_WorkerGone, OSError):
             logger.warning("the grammar worker ended over a grammar")
-            self.close()
+            self._worker = None
+            if worker.end() == -signal.SIGPROF:
+                return Rejected(f"it takes longer than {self._config.cpu_s:g} s to compile")
             return Rejected("it needs too much memory, or cannot be compiled")
 
     async def _started(self) -> _Worker:

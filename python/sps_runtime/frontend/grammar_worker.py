@@ -8,6 +8,7 @@ backend. Messages are MessagePack behind four bytes of length.
 from __future__ import annotations
 
 import resource
+import signal
 import socket
 import struct
 
@@ -56,6 +57,7 @@ def run(child: ChildContext[GrammarWorkerConfig]) -> None:
     _limit_memory(config.memory_bytes)
     _send(channel, Prepared(""))
     while (frame := _receive(channel)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, config.cpu_s)  # SIGPROF ends who computes longer
         _send(channel, _judge(backend, msgspec.msgpack.decode(frame, type=GrammarSpec)))
 
 
