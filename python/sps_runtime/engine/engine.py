@@ -99,7 +99,7 @@ class Engine:
         Args:
             prompt: text, or several; or give `input_ids`.
             fields: further fields of ``/generate``: return_logprob, logprob_start_len,
-                top_logprobs_num, token_ids_logprob, return_text_in_logprobs.
+                top_logprobs_num, token_ids_logprob, return_text_in_logprobs, attention.
 
         Raises:
             InvalidRequest: naming the field.

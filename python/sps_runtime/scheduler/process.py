@@ -51,8 +51,12 @@ def run(child: ChildContext[SchedulerProcessConfig]) -> None:
     links = _open_links(config)
     try:
         ready = _wait_for_ranks(links, config.engine)
+        model = load_model_config(config.engine.model_path)
+        scheduler = make_scheduler(config.engine, model, ready)
+        if scheduler.no_sparse and config.engine.attention.mode == "csa":
+            logger.warning("attention mode csa runs exact here: %s", scheduler.no_sparse)
         loop = SchedulerLoop(
-            make_scheduler(config.engine, load_model_config(config.engine.model_path), ready),
+            scheduler,
             links,
             tp_size=config.engine.parallel.tp_size,
             watchdog=Watchdog(

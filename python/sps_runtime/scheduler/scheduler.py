@@ -168,9 +168,10 @@ class Scheduler:
             elif self._pipeline.idle and len(self._runs) > 1:
                 self._retract(self._runs.newest())
             elif self._pipeline.idle and any(run.short for run in self._runs.live.values()):
-                newest = self._runs.newest()
-                newest.sequence.run_exact("no rank had room for a superblock")
-                self._retract(newest)
+                alone = self._runs.newest()
+                self._retract(alone)
+                alone.sequence.run_exact("no rank had room for a superblock")
+                stuck = False
             else:
                 break
         return plans
@@ -212,6 +213,11 @@ class Scheduler:
     def state(self) -> EngineState:
         """A snapshot; `step_age_s` is left to whoever has a clock."""
         return self._figures.state(self._cache, len(self._runs), len(self._queue))
+
+    @property
+    def no_sparse(self) -> str:
+        """Why requests for csa run exact here, all of them; empty where they do not."""
+        return self._sparse_rules.refusal
 
     @property
     def idle(self) -> bool:
