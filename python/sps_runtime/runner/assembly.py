@@ -108,7 +108,7 @@ def open_sparse(
     for mirrors of those on other hosts: memory is touched where a summary is written."""
     if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
         return None
-    operators = choose_operators(kernels, threads)
+    operators = choose_operators(kernels if shape.page_size % 16 == 0 else None, threads)
     nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
     room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
     here = place.sp_peers_here()
