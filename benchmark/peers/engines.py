@@ -107,6 +107,7 @@ class Ours:
         self.versions: dict[str, str] = {}
         room = str(pair.context + 64 * pair.sequences)
         flags = ["--model-path", str(model), "--max-total-tokens", room, "--context-length", room]
+        flags += ["--cpu-bind", cores_of(side)]  # also where the other side is a server of ours
         self._server = Server(*flags, *side.flags)
         with on_cores(side.threads):
             self._server.__enter__()
@@ -148,6 +149,15 @@ class Ours:
 
     def close(self) -> None:
         self._server.__exit__()
+
+
+def cores_of(side: Side) -> str:
+    """For each rank of a side its share of the cores that `on_cores` leaves it."""
+    ranks = int(side.flags[side.flags.index("--sp-size") + 1])
+    cores = sorted(os.sched_getaffinity(0))[: side.threads]
+    each = max(1, len(cores) // ranks)
+    shares = [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def offers(flag: str) -> bool:

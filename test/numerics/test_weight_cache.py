@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -255,3 +256,28 @@ def test_the_writer_yields_to_requests(host: Host, monkeypatch: pytest.MonkeyPat
         time.sleep(0.01)
     assert seen == [max(before, weight_cache.BACKGROUND)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_files_unused_for_longest_make_room(tmp_path: Path) -> None:
+    def keep(key: bytes, limit: int) -> list[str]:
+        with tempfile.TemporaryFile() as file:
+            memory = torch.full((5000,), key[0], dtype=torch.uint8)
+            file.write(bytes(HEADER_BYTES) + memory.numpy().tobytes())
+            file.flush()
+            cache = WeightCache(tmp_path, lambda memory: int(memory.sum()), limit)
+            cache.keep(key, memory, file.fileno())
+        return sorted(path.name[0] for path in tmp_path.iterdir())
+
+    def used(key: bytes, when: int) -> None:
+        os.utime(WeightCache(tmp_path, lambda memory: 0).path(key), ns=(when, when))
+
+    one = HEADER_BYTES + 5000
+    keys = [bytes([0x10 * i]) * 32 for i in range(1, 6)]
+    for age, key in enumerate(keys[:3]):
+        assert len(keep(key, 3 * one)) == age + 1
+        used(key, age)
+    assert keep(keys[0], 3 * one) == ["1", "2", "3"]  # in its own place, and now the youngest
+    assert keep(keys[3], 3 * one) == ["1", "3", "4"]
+    used(keys[0], 1)
+    assert keep(keys[4], 2 * one) == ["4", "5"]
+    assert keep(keys[1], one - 1) == ["4", "5"], "too large to be kept at all"

@@ -8,6 +8,7 @@ where nothing is, they run anywhere.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sps_runtime.launch.topology import Topology, parse_cpus
@@ -36,18 +37,32 @@ class Binding:
     why: str
 
 
-def bind(told: str, ranks: int, threads: int | None, topology: Topology) -> Binding:
+def bind(
+    told: str,
+    ranks: int,
+    threads: int | None,
+    topology: Topology,
+    claimed: Collection[int] = (),
+) -> Binding:
     """Give CPUs to ranks.
 
     Args:
         told: ``auto``, ``none``, or a list of CPUs for each rank: ``0-3|4-7``.
         threads: per rank, if told.
+        claimed: CPUs of other servers' ranks; ``auto`` leaves them alone.
 
     Raises:
         ConfigError: a list that cannot be.
     """
     if told not in ("auto", "none"):
         return _listed(told, ranks, threads, topology)
+    if told == "auto" and not topology.throttled and not set(claimed).isdisjoint(topology.cpus):
+        free = topology.without(claimed)
+        if len(free.cores) < ranks * (threads or 1):
+            per_rank = threads or max(1, topology.compute // ranks)
+            why = "not bound: ranks of other servers are bound to the cores that are needed"
+            return Binding((), (), per_rank, 0.0, why)
+        topology = free
     per_rank = threads or max(1, topology.compute // ranks)
     crowded = ranks * per_rank > topology.compute
     spin_s = 0.0 if crowded else SPIN_S

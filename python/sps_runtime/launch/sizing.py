@@ -13,6 +13,7 @@ from sps_runtime.config.model import ModelConfig
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.kvcache.eviction import make_eviction
 from sps_runtime.launch.binding import bind
+from sps_runtime.launch.claims import claimed_cpus
 from sps_runtime.launch.topology import read_topology
 from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.types.errors import ConfigError
@@ -38,7 +39,9 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
     dtype = model.resolve_dtype(options.dtype)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     local_ranks = parallel.world_size // parallel.nnodes
-    binding = bind(options.cpu_bind, local_ranks, options.threads_per_rank, read_topology())
+    binding = bind(
+        options.cpu_bind, local_ranks, options.threads_per_rank, read_topology(), claimed_cpus()
+    )
     logger.info("%d threads a rank, %s", binding.threads, binding.why)
     page_size = options.page_size or DEFAULT_PAGE_SIZE
     return EngineConfig(

@@ -36,6 +36,14 @@ class Topology:
         limit = len(self.cores) if self.quota is None else int(self.quota)
         return max(1, min(len(self.cores), limit))
 
+    def without(self, cpus: Iterable[int]) -> Topology:
+        """What is left when the physical cores of `cpus` are somebody else's."""
+        gone = set(cpus)
+        pairs = zip(self.cores, self.nodes, strict=True)
+        left = [(core, node) for core, node in pairs if gone.isdisjoint(core)]
+        cores, nodes = tuple(core for core, _ in left), tuple(node for _, node in left)
+        return Topology(cores, nodes, self.quota)
+
     @property
     def throttled(self) -> bool:
         """Whether the quota grants less time than there are cores: others use these cores too."""

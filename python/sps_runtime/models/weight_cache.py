@@ -2,7 +2,8 @@
 
 One file a layout and checkpoint, named by its key. A file is written under another name, synced
 and renamed, so that one with its own name is whole, whoever else writes beside; its checksum is
-compared when it is read, so that one that decayed is made anew. Nothing in it is code.
+compared when it is read, so that one that decayed is made anew. Nothing in it is code. Together the
+files take a quarter of their file system at most; which were used least recently go first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import struct
 import tempfile
 import threading
@@ -34,6 +36,8 @@ HEADER = struct.Struct("<8s32sQQ")
 """Magic, key, bytes after the header page, their checksum; the CRC-32 of these four follows."""
 CRC = struct.Struct("<I")
 CHUNK_BYTES = 16 << 20
+SHARE = 0.25
+"""Of the directory's file system, which cached weights may take."""
 BACKGROUND = 10
 """Niceness of the thread that writes: requests come first."""
 
@@ -55,10 +59,12 @@ class WeightCache:
 
     Attributes:
         checksum: of uint8 memory.
+        limit_bytes: of all files together; `SHARE` of the file system unless told.
     """
 
     directory: Path
     checksum: Callable[[Tensor], int]
+    limit_bytes: int | None = None
 
     def path(self, key: bytes) -> Path:
         return self.directory / f"{key.hex()[:32]}.weights"
@@ -76,7 +82,7 @@ class WeightCache:
             logger.warning("cached weights are made anew: %s", error)
             return False
         with suppress(OSError):
-            os.utime(path)  # who clears old files away sees that it is in use
+            os.utime(path)  # `_make_room` removes what was used least recently
         logger.info("weights are read from %s", path)
         return True
 
@@ -106,6 +112,7 @@ class WeightCache:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._clear()
+            self._make_room(HEADER_BYTES + len(memory), self.path(key))
             self._write(key, memory, fd)
         except OSError as error:
             logger.warning("the packed weights are not kept in %s: %s", self.directory, error)
@@ -127,6 +134,31 @@ class WeightCache:
             raise
         finally:
             os.close(out)
+
+    def _make_room(self, nbytes: int, target: Path) -> None:
+        """Remove least recently used files until `nbytes` more fit, `target` being replaced.
+        Servers that read them meanwhile go on: the bytes stay until they close the file.
+
+        Raises:
+            OSError: they alone are too many.
+        """
+        limit = self.limit_bytes
+        if limit is None:
+            limit = int(SHARE * shutil.disk_usage(self.directory).total)
+        if nbytes > limit:
+            raise OSError(f"{nbytes / 1e9:.1f} GB are more than the limit of {limit / 1e9:.1f} GB")
+        kept = []
+        for path in set(self.directory.glob("*.weights")) - {target}:
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                kept.append((status.st_mtime_ns, status.st_size, path))
+        total = nbytes + sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
+            if total <= limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+            logger.info("removed %s, unused for longest", path)
 
     def _clear(self) -> None:
         """Remove what writers that died have left."""

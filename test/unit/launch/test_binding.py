@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sps_runtime.launch.binding import SPIN_S, bind
+from sps_runtime.launch.claims import claimed_cpus
 from sps_runtime.launch.topology import (
     Topology,
     cpu_quota,
@@ -120,3 +121,37 @@ def test_the_tightest_quota_on_the_way_up_counts(tmp_path: Path) -> None:
     (tmp_path / "cpu/job/cpu.cfs_quota_us").write_text("300000\n")
     assert cpu_quota(tmp_path, "3:cpu,cpuacct:/job\n2:memory:/job\n") == 3.0
     assert cpu_quota(tmp_path / "none", "0::/a\n") is None
+
+
+def test_cores_of_other_servers_are_left_alone() -> None:
+    binding = bind("auto", 2, 1, flat(6), claimed={0, 1, 9})
+    assert binding.ranks == ((2,), (3,)) and binding.services == (4, 5)
+    assert bind("auto", 2, None, flat(6), claimed={0, 1}).ranks == ((2, 3), (4, 5))
+    halves = bind("auto", 1, None, TWO_NODES, claimed={1})  # 9 is the other half of core 1
+    assert halves.ranks == ((0, 2, 3, 4, 5, 6, 7),)
+    assert bind("0|1", 2, None, flat(6), claimed={0, 1}).ranks == ((0,), (1,))
+
+
+@pytest.mark.parametrize("claimed", [{0}, {0, 1}])
+def test_too_few_free_cores_bind_nothing_and_never_spin(claimed: set[int]) -> None:
+    binding = bind("auto", 2, None, flat(2), claimed=claimed)
+    assert (binding.ranks, binding.services, binding.spin_s) == ((), (), 0.0)
+    assert "other servers" in binding.why
+
+
+def test_claims_are_read_off_ranks_command_lines(tmp_path: Path) -> None:
+    def process(pid: str, *words: str) -> None:
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "cmdline").write_bytes(b"".join(w.encode() + b"\0" for w in words))
+
+    rank = ("python", "-P", "-m", "sps_runtime.runner.process")
+    process("10", *rank, '{"name":"rank-0","cores":[2,3]}')
+    process("11", *rank, '{"name":"rank-1","cores":[4]}')
+    process("12", *rank, '{"name":"rank-0","cores":[]}')
+    process("13", "cat", '{"cores":[7]}')
+    process("14", *rank)
+    process("15", *rank, "no json")
+    process("16", *rank, '{"cores":"all"}')
+    (tmp_path / "17").mkdir()
+    assert claimed_cpus(tmp_path) == {2, 3, 4}
+    assert claimed_cpus(tmp_path / "nowhere") == frozenset()

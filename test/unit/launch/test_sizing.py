@@ -91,6 +91,7 @@ def test_ranks_get_cores_of_their_own_or_none(
     expected: tuple[tuple[int, ...], ...],
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr(sizing, "claimed_cpus", frozenset)  # whatever else runs on this machine
     options = EngineOptions(max_total_tokens=64, parallel=ParallelConfig(sp_size=ranks))
     config = sizing.settle(options, MODEL, Path("/m"))
     assert config.cores == expected
