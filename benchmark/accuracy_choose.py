@@ -39,7 +39,7 @@ class Setup:
         reduce: as `SelectionSettings` has it.
         bits: of the sketch.
         dense_last: the last query block of prompt and answer reads everything.
-        stride, ranks: of ``stride``.
+        stride, ranks: of ``stride``; `shard`: tokens of a rank, by the document.
     """
 
     estimator: str
@@ -50,6 +50,7 @@ class Setup:
     dense_last: bool = False
     stride: int = 4
     ranks: int = 8
+    shard: int = 0
 
     @property
     def selection(self) -> SelectionSettings:
@@ -84,6 +85,10 @@ class LayerPages:
     mean_v_KND: Tensor
     low_KND: Tensor
     high_KND: Tensor
+
+    @property
+    def kv(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
 
     @classmethod
     def empty(cls, pages: int, heads: int, dim: int) -> LayerPages:

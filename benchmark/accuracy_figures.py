@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import accuracy_stride as stride
 from accuracy_cases import TASKS
 from accuracy_setups import setup
 from accuracy_statistics import paired, wilson
@@ -12,7 +13,7 @@ from accuracy_statistics import paired, wilson
 Row = dict[str, Any]
 Cell = tuple[int, str, str, str]
 """(length, place, decode, setup)."""
-LAYERS, HEAD_DIM, PAGE = 4, 64, 64
+LAYERS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 64
 PAGE_BYTES = 2 * PAGE * HEAD_DIM * 2
 
 
@@ -43,11 +44,24 @@ def bytes_per_token(row: Row, ranks: int) -> float:
     return float(total / (row["tokens"] * LAYERS))
 
 
+def exact_bytes(ranks: int) -> float:
+    """Pass-KV over contiguous shards: a token's K and V to every later rank."""
+    return (ranks - 1) / 2 * 2 * KV_HEADS * HEAD_DIM * 2
+
+
 def by_cell(rows: list[Row]) -> dict[Cell, list[Row]]:
     cells: dict[Cell, list[Row]] = defaultdict(list)
     for row in rows:
         cells[row["length"], row["place"], row["decode"], row["setup"]].append(row)
     return cells
+
+
+def common_documents(rows: list[Row], cells: dict[Cell, list[Row]]) -> list[Row]:
+    """Those of `rows` about documents that every one of `cells` was asked about: setups are
+    compared on the same questions."""
+    sets = [{(row["kind"], row["document"]) for row in mine} for mine in cells.values()]
+    common = set.intersection(*sets) if sets else set()
+    return [row for row in rows if (row["kind"], row["document"]) in common]
 
 
 def answers(rows: list[Row], task: str) -> dict[tuple[int, int], bool]:
@@ -90,6 +104,11 @@ def cell_figures(rows: list[Row], dense: list[Row]) -> tuple[dict[str, float], d
             found[f"u_p{ranks}"] = sum(f for f, _ in each) / sum(r for _, r in each)
             sent = [bytes_per_token(row, ranks) for row in known]
             found[f"bytes_per_token_layer_p{ranks}"] = sum(sent) / len(sent)
+    chosen = setup(rows[0]["setup"])
+    if chosen.estimator == "stride":
+        found[f"bytes_per_token_layer_p{chosen.ranks}"] = stride.bytes_per_token(chosen)
+    if chosen.estimator == "dense":
+        found |= {f"bytes_per_token_layer_p{p}": exact_bytes(p) for p in (2, 4, 8)}
     return found, differences
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from accuracy_cases import Group, Prompt
 from accuracy_choose import PAGE, LayerPages, Setup
 from accuracy_model import Counted, PagedModel
+from accuracy_stride import density, shard_of
 
 DENSE = Setup("dense")
 RANKS = (2, 4, 8)
@@ -41,8 +42,11 @@ def judge(model: PagedModel, group: Group, setup: Setup, decode: str = "sparse")
     as served by default, read everything."""
     begin = time.monotonic()
     store, prefix, rest = model.store(), Counted(), Counted()
+    tokens = max(len(prompt.ids) for prompt in group.prompts)
+    if setup.estimator == "stride":
+        setup = replace(setup, shard=shard_of(tokens, setup))
     unit = PAGE if setup.estimator == "dense" else max(setup.settings.superblock, PAGE)
-    shared = group.shared // unit * unit
+    shared = group.shared // (setup.shard or unit) * (setup.shard or unit)
     if shared:
         model.forward(group.prompts[0].ids[:shared], 0, store, setup, prefix)
     verdict = Verdict()
@@ -56,6 +60,8 @@ def judge(model: PagedModel, group: Group, setup: Setup, decode: str = "sparse")
         verdict.density = round(read / (prefix.causal_pairs + rest.causal_pairs / n), 5)
         sets = prefix.sets | rest.sets
         verdict.unions = {p: union(sets, p, max(unit, 1024) // PAGE) for p in RANKS}
+    if setup.shard:
+        verdict.density = round(density(tokens, setup), 5)
     verdict.seconds = round(time.monotonic() - begin, 2)
     return verdict
 

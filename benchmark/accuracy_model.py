@@ -13,6 +13,7 @@ from recipes.embedded_model.model import Qwen3, rope_tables
 from recipes.embedded_model.plain import load
 from torch import Tensor
 
+import accuracy_stride as stride
 from accuracy_cases import CHECKPOINT
 from accuracy_choose import LOG_PAGE, PAGE, LayerPages, Setup, SuperblockQueries, choose
 from sps_runtime.attention.backend import PageLists, PagePool, QueryRun
@@ -65,6 +66,7 @@ class PagedModel:
         """Hidden states of the last two chunks' tokens ``[tokens, hidden]``; earlier ones fill the
         store. Under a sparse setup `start` begins a superblock, which is then the chunk."""
         step = chunk if setup.estimator == "dense" else max(setup.settings.superblock, 1024)
+        step = setup.shard or step
         hidden: list[Tensor] = []
         for first in range(start - start % step, len(ids), step):
             begin, end = max(start, first), min(first + step, len(ids))
@@ -106,6 +108,8 @@ class PagedModel:
     ) -> Tensor:
         if setup.estimator == "dense":
             return self._dense(q_THD, start, pages)
+        if setup.estimator == "stride":
+            return stride.attend(q_THD, start, pages, setup, self.backend, self.scale)
         end = start + len(q_THD)
         pages.summarise(start // PAGE, end // PAGE, setup)
         q = q_THD.float().unflatten(1, (pages.k.shape[1], -1)).permute(1, 2, 0, 3) * self.scale
