@@ -15,7 +15,7 @@ import msgspec
 from accuracy_choose import ESTIMATORS, PAGE, Setup
 from sps_runtime.types.attention import SparseSettings
 
-PUBLISHED = ("null", "mean", "quest", "vertical_slash", "xattention")
+PUBLISHED = ("stride", "null", "mean", "quest", "vertical_slash", "xattention")
 AS_PUBLISHED = {"superblock": PAGE, "rows": 0, "tail": "none", "tau": 0.0}
 _OF_SETUP = {field.name for field in fields(Setup)} - {"estimator", "settings"}
 

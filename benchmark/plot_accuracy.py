@@ -17,7 +17,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from accuracy_cases import TASKS
-from accuracy_figures import by_cell, cell_figures, common_documents
+from accuracy_figures import PAGE, by_cell, cell_figures, common_documents
+from accuracy_setups import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (8192, 16384)
@@ -47,7 +48,8 @@ def points(rows: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
             continue
         found.append(
             {
-                "name": name,
+                "estimator": setup(name).estimator,
+                "shared": setup(name).settings.superblock > PAGE,
                 "mean": 100 * sum(shares) / len(shares),
                 "worst": 100 * min(shares),
                 "density": 100 * values["density"],
