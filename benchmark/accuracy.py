@@ -6,8 +6,10 @@ python benchmark/accuracy.py [--quick] [--json FILE] [--cells 16384:end 4096:sta
 Each (document, setup) is a row of the JSON; rows that FILE already has are kept and not measured
 again, so that a long table can be made in pieces. An answer is right when, prompt and right answer
 being fed as one prefill under the setup, every token of it, its end of turn included, is the most
-likely one: its own tokens see only what the setup reads (`decode` ``sparse``). ``exact`` lets them
-read everything, as served by default. docs/sparse_attention.md says what came out.
+likely one: its own tokens see only what the setup reads (`decode` ``sparse``); ``exact`` generates
+the answer, as served by default, ``decoded`` by sparse decode. `judge` ``engine`` is the engine
+itself; ``paged`` (accuracy_model.py) tries what no request can ask for, and counts unions.
+docs/sparse_attention.md says what came out.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accuracy_cases import KINDS, Cases, Group
+from accuracy_choose import Setup
+from accuracy_engine import EngineJudge
 from accuracy_figures import figures
 from accuracy_judge import Verdict, judge
 from accuracy_model import PagedModel
@@ -30,7 +35,7 @@ from accuracy_setups import setup
 from harness import arguments, commit, machine
 
 Row = dict[str, Any]
-KEYS = ("kind", "length", "place", "document", "setup", "decode")
+KEYS = ("kind", "length", "place", "document", "setup", "decode", "judge")
 QUICK = ["dense", "null", "block"]
 
 
@@ -42,7 +47,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
             yield kind, int(length), place or "end"
 
 
-def row_of(group: Group, name: str, decode: str, verdict: Verdict) -> Row:
+def row_of(group: Group, name: str, options: argparse.Namespace, verdict: Verdict) -> Row:
     """One line of the result file."""
     answers: dict[str, str] = {}
     for prompt, right in zip(group.prompts, verdict.right, strict=True):
@@ -53,7 +58,8 @@ def row_of(group: Group, name: str, decode: str, verdict: Verdict) -> Row:
         "place": group.place,
         "document": group.number,
         "setup": name,
-        "decode": decode,
+        "decode": options.decode,
+        "judge": options.judge,
         "tokens": len(group.prompts[0].ids),
         "answers": answers,
         "nats": round(sum(verdict.nats) / len(verdict.nats), 4),
@@ -63,24 +69,44 @@ def row_of(group: Group, name: str, decode: str, verdict: Verdict) -> Row:
     }
 
 
+@contextmanager
+def judging(options: argparse.Namespace) -> Iterator[Callable[[Group, Setup], Verdict]]:
+    """What judges: nothing is started before the first question."""
+    with ExitStack() as stack:
+        made: dict[int, Any] = {}
+
+        def judge_one(group: Group, chosen: Setup) -> Verdict:
+            tokens = group.length + group.length // 8
+            if tokens not in made:
+                stack.close()
+                made.clear()
+                made[tokens] = PagedModel(tokens) if paged else EngineJudge(tokens)
+                if not paged:
+                    stack.callback(made[tokens].close)
+            found = made[tokens]
+            if paged:
+                return judge(found, group, chosen, options.decode)
+            return found(group, chosen, options.decode)
+
+        paged = options.judge == "paged"
+        yield judge_one
+
+
 def measure(options: argparse.Namespace, rows: list[Row], cases: Cases) -> Iterator[Row]:
     """Rows that `rows` lacks, until the time is up; documents outermost, so that setups are always
     compared on the same questions."""
     done = {tuple(row[key] for key in KEYS) for row in rows}
     until = time.monotonic() + options.seconds
-    for kind, length, place in cells(options):
-        model = None
-        for group in cases.groups(kind, length, place, options.count, options.each):
-            for name in options.setups:
-                key = (kind, length, place, group.number, name, options.decode)
-                if key in done:
-                    continue
-                if time.monotonic() > until:
-                    return
-                model = model or PagedModel(length + length // 8)
-                yield row_of(
-                    group, name, options.decode, judge(model, group, setup(name), options.decode)
-                )
+    with judging(options) as judge_one:
+        for kind, length, place in cells(options):
+            for group in cases.groups(kind, length, place, options.count, options.each):
+                for name in options.setups:
+                    where = (kind, length, place, group.number, name)
+                    if (*where, options.decode, options.judge) in done:
+                        continue
+                    if time.monotonic() > until:
+                        return
+                    yield row_of(group, name, options, judge_one(group, setup(name)))
 
 
 def write(path: Path | None, rows: list[Row]) -> None:
@@ -99,13 +125,15 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--cells", nargs="*", default=["4096:end"], help="length[:place]")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--setups", nargs="*", default=QUICK, help="see accuracy_setups.py")
-    parser.add_argument("--decode", default="sparse", choices=["sparse", "exact"])
+    parser.add_argument("--decode", default="sparse", choices=["sparse", "exact", "decoded"])
+    parser.add_argument("--judge", default="engine", choices=["engine", "paged"])
     parser.add_argument("--count", type=int, default=40, help="questions of a task")
     parser.add_argument("--each", type=int, default=40, help="questions of a task and document")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after these")
     options = parser.parse_args()
     if options.quick:
         options.cells, options.setups, options.count, options.each = ["2048:end"], QUICK, 4, 4
+        options.judge = "paged"
     return options
 
 

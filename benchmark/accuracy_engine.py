@@ -1,15 +1,23 @@
-"""The same questions asked of the engine itself: prompt and answer as one prefill, the most likely
-token of each position of the answer read from prompt logprobs."""
+"""The same questions asked of the engine itself, behind its scheduler and prefix cache.
+
+``sparse``: prompt and answer are one prefill, and the most likely token of each position of the
+answer is read from prompt logprobs. ``exact`` and ``decoded`` generate the answer after the prompt,
+exactly (the default of a server) or by sparse decode.
+"""
 
 from __future__ import annotations
 
 import time
+from statistics import mean
 from typing import Any
+
+import msgspec
 
 from accuracy_cases import Group, Prompt
 from accuracy_choose import Setup
 from accuracy_judge import Verdict
 from sps_runtime.engine import Engine
+from sps_runtime.types.attention import SparseSettings
 
 
 class EngineJudge:
@@ -37,49 +45,65 @@ class EngineJudge:
         begin = time.monotonic()
         self._engine.flush_cache()
         first, *others = group.prompts
-        answers = [self._ask([first], setup)[0]]
+        answers = self._ask([first], setup, decode)
         for at in range(0, len(others), 8):
-            answers += self._ask(others[at : at + 8], setup)
+            answers += self._ask(others[at : at + 8], setup, decode)
         verdict = Verdict()
         for prompt, answer in zip(group.prompts, answers, strict=True):
-            right, nats = judged(prompt, answer["meta_info"])
+            right, nats = judged(prompt, answer, decode)
             verdict.right.append(right)
             verdict.nats.append(round(nats, 4))
         report = answers[0]["meta_info"].get("attention") or {}
+        if report.get("reason"):
+            raise RuntimeError(f"the engine ran exact attention: {report['reason']}")
         verdict.density = round(float(report.get("density", 1.0)), 5)
         verdict.seconds = round(time.monotonic() - begin, 2)
         return verdict
 
-    def _ask(self, prompts: list[Prompt], setup: Setup) -> list[dict[str, Any]]:
+    def _ask(self, prompts: list[Prompt], setup: Setup, decode: str) -> list[dict[str, Any]]:
+        fed = decode == "sparse"
+        most = [1 if fed else len(prompt.answer) for prompt in prompts]
         each: list[dict[str, Any]] = self._engine.generate(
-            input_ids=[prompt.prompt + prompt.answer for prompt in prompts],
-            sampling_params={"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+            input_ids=[p.prompt + p.answer if fed else p.prompt for p in prompts],
+            sampling_params=[
+                {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} for tokens in most
+            ],
             return_logprob=True,
             logprob_start_len=[len(prompt.prompt) - 1 for prompt in prompts],
             top_logprobs_num=1,
-            attention=asked(setup),
+            attention=asked(setup, decode),
         )
         return each
 
 
-def asked(setup: Setup) -> dict[str, Any]:
-    """The request's ``attention``."""
+def asked(setup: Setup, decode: str) -> dict[str, Any]:
+    """The request's ``attention``.
+
+    Raises:
+        ValueError: for what a request cannot ask.
+    """
     if setup.estimator == "dense":
         return {"mode": "exact"}
-    settings = setup.settings
-    return {
-        "mode": "csa",
-        "estimator": setup.estimator,
-        "tau": settings.tau,
-        "budget": settings.budget,
-    }
+    settings, default = setup.settings, SparseSettings()
+    told = {"estimator": setup.estimator, "tau": settings.tau, "budget": settings.budget}
+    if setup != Setup(setup.estimator, msgspec.structs.replace(default, **told)):
+        raise ValueError("the engine takes an estimator, a budget and tau; the rest is its default")
+    how: dict[str, Any] = {"decode": "sparse" if decode == "decoded" else "exact"}
+    return {"mode": "csa", **told, **how}
 
 
-def judged(prompt: Prompt, meta: dict[str, Any]) -> tuple[bool, float]:
-    """Whether every token of the answer was the most likely one, and its mean nats."""
-    tokens = meta["input_token_logprobs"][-len(prompt.answer) :]
-    best = meta["input_top_logprobs"][-len(prompt.answer) :]
+def judged(prompt: Prompt, answer: dict[str, Any], decode: str) -> tuple[bool, float]:
+    """Whether every token of the answer was the most likely one, and its mean nats.
+
+    Raises:
+        ValueError: the engine judged other tokens.
+    """
+    if decode != "sparse":
+        chosen = answer["meta_info"]["output_token_logprobs"]
+        return answer["output_ids"] == prompt.answer, -mean([logprob for logprob, *_ in chosen])
+    tokens = answer["meta_info"]["input_token_logprobs"][-len(prompt.answer) :]
+    best = answer["meta_info"]["input_top_logprobs"][-len(prompt.answer) :]
     if [token for _, token, *_ in tokens] != prompt.answer:
         raise ValueError("the engine judged other tokens than the answer's")
     right = all(top[0][1] == token for top, token in zip(best, prompt.answer, strict=True))
-    return right, -sum(logprob for logprob, *_ in tokens) / len(tokens)
+    return right, -mean([logprob for logprob, *_ in tokens])

@@ -11,8 +11,8 @@ from accuracy_setups import setup
 from accuracy_statistics import paired, wilson
 
 Row = dict[str, Any]
-Cell = tuple[int, str, str, str]
-"""(length, place, decode, setup)."""
+Cell = tuple[int, str, str, str, str]
+"""(length, place, decode, judge, setup)."""
 LAYERS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 64
 PAGE_BYTES = 2 * PAGE * HEAD_DIM * 2
 
@@ -52,7 +52,8 @@ def exact_bytes(ranks: int) -> float:
 def by_cell(rows: list[Row]) -> dict[Cell, list[Row]]:
     cells: dict[Cell, list[Row]] = defaultdict(list)
     for row in rows:
-        cells[row["length"], row["place"], row["decode"], row["setup"]].append(row)
+        cell = (row["length"], row["place"], row["decode"], row["judge"], row["setup"])
+        cells[cell].append(row)
     return cells
 
 
@@ -116,18 +117,18 @@ def figures(rows: list[Row]) -> dict[str, float]:
     """All cells' figures by name: what, task, length, place, decode, setup."""
     cells = by_cell(rows)
     found: dict[str, float] = {}
-    for (length, place, decode, name), mine in sorted(cells.items()):
-        dense = cells.get((length, place, "sparse", "dense"), [])
+    for (length, place, decode, judge, name), mine in sorted(cells.items()):
+        dense = cells.get((length, place, "sparse", judge, "dense"), [])
         values, _ = cell_figures(mine, dense)
-        where = f"{length}_{place}_{decode}_{name}"
+        where = f"{length}_{place}_{decode}_{judge}_{name}"
         found |= {f"{what}_{where}": round(value, 5) for what, value in values.items()}
     return found
 
 
-def counting(cells: dict[Cell, list[Row]], length: int, place: str) -> list[str]:
+def counting(cells: dict[Cell, list[Row]], length: int, place: str, judge: str) -> list[str]:
     """Tasks that count: those where the null loses 10 points or more."""
-    dense = cells.get((length, place, "sparse", "dense"), [])
-    null = cells.get((length, place, "sparse", "null"), [])
+    dense = cells.get((length, place, "sparse", judge, "dense"), [])
+    null = cells.get((length, place, "sparse", judge, "null"), [])
     losses = {task: compared(null, dense, task)[2] for task in TASKS}
     return [task for task, loss in losses.items() if loss and loss[0] <= -0.10]
 

@@ -41,7 +41,7 @@ def points(rows: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
         key: mine for key, mine in by_cell(rows).items() if key[:3] == (length, "end", "sparse")
     }
     found = []
-    for (_, _, _, name), mine in sorted(cells.items()):
+    for (*_, name), mine in sorted(cells.items()):
         values, _ = cell_figures(common_documents(mine, cells), [])
         shares = [values[f"right_{task}"] for task in TASKS if f"right_{task}" in values]
         if len(shares) < len(TASKS):

@@ -89,7 +89,18 @@ def test_a_tiny_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense answers are right, the null's are not, and what was measured is not measured again."""
     path = tmp_path / "accuracy.json"
     setups = ["dense", "null:minimum=1,budget=0.05", "oracle"]
-    given = ["--cells", "2048:end", "--kinds", "lookalike", "--count", "4", "--each", "4"]
+    given = [
+        "--cells",
+        "2048:end",
+        "--kinds",
+        "lookalike",
+        "--count",
+        "4",
+        "--each",
+        "4",
+        "--judge",
+        "paged",
+    ]
     monkeypatch.setattr(
         sys, "argv", ["accuracy.py", *given, "--json", str(path), "--setups", *setups]
     )
@@ -105,6 +116,6 @@ def test_a_tiny_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.read_text() == before
     for row in rows:
         row["setup"] = row["setup"].partition(":")[0]
-    assert counting(by_cell(rows), 2048, "end") == ["lookalike"]
+    assert counting(by_cell(rows), 2048, "end", "paged") == ["lookalike"]
     null, dense = ([row for row in rows if row["setup"] == name] for name in ("null", "dense"))
     assert worst(null, dense, ["lookalike"]) == ("lookalike", pytest.approx(100, abs=50))
