@@ -2,7 +2,8 @@
 
 Fields are those of `SparseSettings` and of `Setup`. What is not named is the default of ``block``,
 save for published methods (`PUBLISHED`): each block of 64 chooses for itself, by all of its rows,
-with no tail, as their authors have it.
+with no tail, as their authors have it. ``as=block`` gives them what ``block`` has, which is how the
+engine runs them: common sets of superblocks, 32 rows, the tail.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def setup(name: str) -> Setup:
         raise ValueError(f"no estimator is called {estimator!r}")
     given = dict(part.split("=") for part in rest.split(",") if part)
     values: dict[str, Any] = dict(AS_PUBLISHED) if estimator in PUBLISHED else {}
+    if given.pop("as", "") == "block":
+        values = {"tau": 0.0}
     outer: dict[str, Any] = {}
     for key, text in given.items():
         (outer if key in _OF_SETUP else values)[key] = _value(text)
