@@ -11,8 +11,6 @@ import time
 from statistics import mean
 from typing import Any
 
-import msgspec
-
 from accuracy_cases import Group, Prompt
 from accuracy_choose import Setup
 from accuracy_judge import Verdict
@@ -84,12 +82,11 @@ def asked(setup: Setup, decode: str) -> dict[str, Any]:
     """
     if setup.estimator == "dense":
         return {"mode": "exact"}
-    settings, default = setup.settings, SparseSettings()
-    told = {"estimator": setup.estimator, "tau": settings.tau, "budget": settings.budget}
-    if setup != Setup(setup.estimator, msgspec.structs.replace(default, **told)):
+    told = {"tau": setup.settings.tau, "budget": setup.settings.budget}
+    if setup != Setup(setup.estimator, SparseSettings(**told)):
         raise ValueError("the engine takes an estimator, a budget and tau; the rest is its default")
     how: dict[str, Any] = {"decode": "sparse" if decode == "decoded" else "exact"}
-    return {"mode": "csa", **told, **how}
+    return {"mode": "csa", "estimator": setup.estimator, **told, **how}
 
 
 def judged(prompt: Prompt, answer: dict[str, Any], decode: str) -> tuple[bool, float]:
