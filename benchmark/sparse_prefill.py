@@ -27,7 +27,7 @@ from make_model import SHAPES, make_model
 
 MODEL = "0.5b"
 LENGTHS = (8192, 16384, 32768, 65536)
-QUICK = (4096,)
+QUICK = (6144,)
 BUDGETS = (0.10, 0.12)
 EXACT = "exact"
 WARM = 2048
