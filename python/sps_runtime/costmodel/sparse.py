@@ -1,7 +1,7 @@
 """When block-sparse prefill takes less time than exact prefill.
 
 Sparse attention reads a part of the causal pairs (`expected_density`), and pays for choosing them:
-every scored row of a query block meets every key once, in a product half of attention's, and new
+every scored row of a query block meets every key once, means stand for what is not read, and new
 pages are summarised. On short prompts the least number of pages is most of them, and attention is
 a small part of the time anyhow, so there is a length below which exact is sooner.
 """
@@ -13,6 +13,13 @@ from sps_runtime.types.attention import SparseSettings
 
 PREPARATION = 0.02
 """Summarising new pages, over the time of a token's linear layers."""
+
+CHOOSING = 0.28
+"""Scoring a row, over attending to all it may see: 7% where 16 of 64 rows are scored, measured with
+the kernels (``sgl-kernel/docs/sparse.md``)."""
+
+TAIL = 1 / 64
+"""Means of dropped pages, over attending to these."""
 
 LONGEST = 1 << 24
 """Prompts of any length: where csa does not pay here it pays nowhere."""
@@ -37,10 +44,13 @@ def expected_density(settings: SparseSettings, tokens: int) -> float:
 
 
 def attention_share(settings: SparseSettings, tokens: int) -> float:
-    """What reading and choosing pages costs, over exact attention."""
-    chooses = settings.estimator != "stride"
-    choosing = min(1.0, settings.rows / settings.block) / 2 if chooses else 0.0
-    return expected_density(settings, tokens) + choosing
+    """What reading and choosing pages, and the tail, cost over exact attention."""
+    density = expected_density(settings, tokens)
+    if settings.estimator == "stride":
+        return density
+    rows = settings.rows or settings.block
+    tail = TAIL * (1 - density) if settings.tail == "mean" else 0.0
+    return density + CHOOSING * min(1.0, rows / settings.block) + tail
 
 
 def sparse_seconds(cost: PrefillCost, settings: SparseSettings, tokens: int) -> float:
