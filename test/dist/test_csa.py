@@ -9,8 +9,10 @@ import pytest
 import torch
 from test.dist.sparse_case import CSA, LAYERS, SETTINGS, SLOTS, Outcome, Prompt, SparseCase
 
+from sps_runtime.attention.cpu import KernelBackend
 from sps_runtime.ops import reference
 from sps_runtime.sparse.audit import RECORD
+from sps_runtime.sparse.kernel_operators import KernelSparseOperators
 from sps_runtime.types.attention import EXACT, AttentionSpec
 
 LONG = Prompt(485)
@@ -60,6 +62,24 @@ def test_choices_depend_on_neither_ranks_nor_chunks(
 ) -> None:
     case = SparseCase([Prompt(485, cuts)], sp=sp, tp=tp, deal=deal, data=3)
     assert_reference(case, case.run())
+
+
+def test_kernels_choose_the_same_at_every_degree() -> None:
+    """Page for page: their shares are the same bits whoever computes them."""
+    kernels = pytest.importorskip("sps_kernel")
+    prompts = {"data": 3, "operators": KernelSparseOperators(kernels)}
+    backend = KernelBackend(kernels)
+    alone = SparseCase([Prompt(485)], backend=backend, **prompts).run()
+    for sp, tp, cuts in ((1, 1, (64, 128, 384)), (2, 1, ()), (4, 1, (256,)), (2, 2, (128,))):
+        case = SparseCase([Prompt(485, cuts)], sp=sp, tp=tp, backend=backend, **prompts)
+        found = case.run()
+        assert found.read == alone.read
+        torch.testing.assert_close(found.outs[0], alone.outs[0], atol=BOUND, rtol=0)
+    same = sum(
+        len(alone.read[key] & pages) / len(alone.read[key] | pages)
+        for key, pages in SparseCase([Prompt(485)], data=3).run().read.items()
+    )
+    assert same / len(alone.read) > 0.9, "kernels round rows to bytes; they choose otherwise seldom"
 
 
 @pytest.mark.parametrize("groups", [((0, 1), (2,), (1, 3)), ((3,), (0, 2), (2,))])
