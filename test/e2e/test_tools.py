@@ -233,6 +233,32 @@ def test_what_cannot_be(server: Scripted) -> None:
         assert caught.value.param == param
 
 
+def test_grammars_begin_after_reasoning(server: Scripted, form: str) -> None:
+    """The servers of this module read qwen3's reasoning, which is optional."""
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    for options, answer in (
+        ({"tools": TOOLS, "tool_choice": "required"}, singles(form)[0]),
+        ({"response_format": schema}, '{"city": "Rom"}'),
+        ({"extra_body": {"regex": r"[a-z]+/[0-9]\/\n?"}}, "ab/1/"),
+        ({"extra_body": {"guided_choice": ["yes", "no"]}}, "yes"),
+    ):
+        server.chat(answer, max_tokens=2, **options)
+        assert follows(server.grammar(), answer)
+        assert follows(server.grammar(), f"<think>\nIs it {{}}?\n</think>\n\n{answer}")
+        assert not follows(server.grammar(), "<think>hm</think>maybe")
+        assert not follows(server.grammar(), "<think>never ends " + answer)
+        assert not follows(server.grammar(), "Well, " + answer)
+
+
+def test_opened_reasoning_must_be_closed(directory: Path) -> None:
+    script, live = scripted_server(directory, reasoning_parser="deepseek-r1")
+    with live:
+        server = Scripted(script, live)
+        server.chat("x", max_tokens=2, response_format={"type": "json_object"})
+        assert follows(server.grammar(), 'So.</think>\n{"a": 1}')
+        assert not follows(server.grammar(), '{"a": 1}')
+
+
 def test_reasoning_may_stay_in_the_text(server: Scripted) -> None:
     answer = server.chat("<think>a</think>b", extra_body={"separate_reasoning": False})
     assert whole(answer)[:2] == ("", "<think>a</think>b")

@@ -11,6 +11,7 @@ from sps_runtime.frontend.parsing.answer_parser import AnswerParser
 from sps_runtime.frontend.parsing.reasoning import ReasoningParser
 from sps_runtime.frontend.query import Query
 from sps_runtime.server.grammars import Grammar, constrained, only
+from sps_runtime.server.reasoning_grammar import after_reasoning
 from sps_runtime.server.service import Service
 from sps_runtime.server.tools import Toolbox
 
@@ -43,14 +44,19 @@ def chat_job(
     Raises:
         InvalidRequest: a grammar beside tools that need one.
     """
-    query = constrained(query, only((grammar, _needed(toolbox, grammar))))
+    form = service.reasoning_format
+    found = only((grammar, _needed(toolbox, grammar)))
+    if found is not None and form is not None:
+        special = service.manager.tokenizer.special_texts
+        found = replace(found, spec=after_reasoning(found.spec, form, special, found.field))
+    query = constrained(query, found)
     if toolbox.active and toolbox.form is not None and toolbox.form.special_tokens:
         options = msgspec.structs.replace(query.options, skip_special_tokens=False)
         query = replace(query, options=options)
-    form = service.reasoning_format if separate_reasoning else None
 
     def new_parser() -> AnswerParser:
-        return AnswerParser(None if form is None else ReasoningParser(form), toolbox.parser())
+        reasoning = ReasoningParser(form) if form is not None and separate_reasoning else None
+        return AnswerParser(reasoning, toolbox.parser())
 
     return ChatJob(query, new_parser)
 
