@@ -1,6 +1,8 @@
 """How many bytes each way of crossing ranks sends per token and layer, beside what formulas say.
 
-python benchmark/communication.py [--quick] [--json FILE] [--captures FOLDER]
+python benchmark/communication.py [--quick] [--json FILE] [--captures FOLDER] [--lengths 4096 ...]
+
+Rows of other lengths that FILE already has are kept, so that long ones can be run one by one.
 
 Logical bytes as the runtime counts them (a page read in place counts as if it had been sent), one
 layer of one fresh prompt in one step, ranks as threads, over tokens, all ranks together. `gqa8` has
@@ -10,10 +12,10 @@ each, in the runtime's own csa at its default setting. docs/communication.md has
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,33 +191,39 @@ def disagreeing(rows: list[Row]) -> list[str]:
     ]
 
 
+def older(path: Path | None, lengths: Sequence[int]) -> list[Row]:
+    """The rows of an earlier result that are not measured again."""
+    if path is None or not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text())["raw"] if row["tokens"] not in lengths]
+
+
+def measured(lengths: Sequence[int], tasks: Sequence[str], captures: Path | None) -> Iterator[Row]:
+    """All rows of some prompt lengths."""
+    for name, tokens, ranks in itertools.product(("gqa8", "embedded"), lengths, RANKS):
+        yield from exact_rows(name, tokens, ranks)
+    model = EmbeddedModel()
+    for task, tokens in itertools.product(tasks, lengths):
+        sets = page_sets(model, task, tokens, BLOCK, captures)
+        for name, ranks in itertools.product(("gqa8", "embedded"), RANKS):
+            yield from block_rows(name, task, sets, ranks)
+
+
 def main() -> None:
     parser = arguments(str(__doc__))
     parser.add_argument("--captures", type=Path, help="chosen pages are kept there")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    lengths = LENGTHS[:2] if options.quick else LENGTHS
+    lengths = LENGTHS[:2] if options.quick else options.lengths
     tasks = TASKS[:1] if options.quick else TASKS
-    rows: list[Row] = []
-    for name in ("gqa8", "embedded"):
-        for tokens in lengths:
-            for ranks in RANKS:
-                rows += exact_rows(name, tokens, ranks)
-    model = EmbeddedModel()
-    for task in tasks:
-        for tokens in lengths:
-            began = time.perf_counter()
-            sets = page_sets(model, task, tokens, BLOCK, options.captures)
-            print(f"{task} {tokens}: chosen in {time.perf_counter() - began:.1f} s", flush=True)
-            for name in ("gqa8", "embedded"):
-                for ranks in RANKS:
-                    rows += block_rows(name, task, sets, ranks)
+    rows = older(options.json, lengths) + list(measured(lengths, tasks, options.captures))
     report(options.json, figures(rows), rows)
-    for entry in rows:
-        if "skipped" in entry:
-            print(f"skipped: {entry['strategy']} {entry['shape']} P={entry['ranks']} "
-                  f"{entry['tokens']}: {entry['skipped']}")  # fmt: skip
+    for row in rows:
+        if "skipped" in row:
+            cell = f"{row['strategy']} {row['shape']} P={row['ranks']} {row['tokens']}"
+            print(f"skipped: {cell}: {row['skipped']}")
     for line in disagreeing(rows):
         print(f"beyond {TOLERANCE:.0%}: {line}")
 
