@@ -135,13 +135,25 @@ def dense_sets(chosen: Chosen, pages: int) -> Tensor:
 
 class CarriedOver(TorchOperators):
     """Operators that choose given sets, ``[kv_heads, query blocks, pages]``, whatever queries say.
-    Nothing is summarised."""
+    Nothing is summarised, and nothing stands for what was dropped: that is computed, not sent."""
 
     def __init__(self, sets: Tensor) -> None:
         self._sets = sets
 
     def summarise(self, k_SKBD: Tensor, v_SKBD: Tensor, slots: Tensor, out_SKX: Tensor) -> None:
         pass
+
+    def tail(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        chosen: Chosen,
+        summaries: SummaryPool,
+        scale: float,
+        onto: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        nothing = torch.zeros(q_THD.shape), torch.full(q_THD.shape[:2], -torch.inf)
+        return nothing if onto is None else onto
 
     def choose(
         self,
