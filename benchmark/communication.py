@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -79,16 +80,18 @@ def exact_rows(name: str, tokens: int, ranks: int) -> Iterator[Row]:
             yield row(name, strategy, tokens, ranks, measure(), expected)
 
 
-def block_rows(name: str, task: str, sets: Tensor, ranks: int) -> Iterator[Row]:
+def block_rows(
+    name: str, task: str, sets: Tensor, ranks: int, settings: SparseSettings = BLOCK
+) -> Iterator[Row]:
     """Block CSA in one cell. On `gqa8` layer and KV head of the embedded model become one of 8 KV
     heads; on the embedded model its layers are taken one by one."""
     shape, tokens = shape_of(name), sets.shape[2] * PAGE
-    superblocks = tokens / BLOCK.superblock_at(tokens - 1)
+    superblocks = tokens / settings.superblock_at(tokens - 1)
     if superblocks < ranks:
         yield skipped(name, "block", tokens, ranks, "fewer superblocks than ranks", task)
         return
     layers = [sets.flatten(0, 1)] if name == "gqa8" else list(sets)
-    spec = AttentionSpec("csa", BLOCK)
+    spec = AttentionSpec("csa", settings)
     for placement in PLACEMENTS:
         prefills = [
             Prefill(
@@ -198,27 +201,32 @@ def older(path: Path | None, lengths: Sequence[int]) -> list[Row]:
     return [row for row in json.loads(path.read_text())["raw"] if row["tokens"] not in lengths]
 
 
-def measured(lengths: Sequence[int], tasks: Sequence[str], captures: Path | None) -> Iterator[Row]:
+def measured(
+    lengths: Sequence[int], tasks: Sequence[str], captures: Path | None, settings: SparseSettings
+) -> Iterator[Row]:
     """All rows of some prompt lengths."""
     for name, tokens, ranks in itertools.product(("gqa8", "embedded"), lengths, RANKS):
         yield from exact_rows(name, tokens, ranks)
     model = EmbeddedModel()
     for task, tokens in itertools.product(tasks, lengths):
-        sets = page_sets(model, task, tokens, BLOCK, captures)
+        sets = page_sets(model, task, tokens, settings, captures)
         for name, ranks in itertools.product(("gqa8", "embedded"), RANKS):
-            yield from block_rows(name, task, sets, ranks)
+            yield from block_rows(name, task, sets, ranks, settings)
 
 
 def main() -> None:
     parser = arguments(str(__doc__))
     parser.add_argument("--captures", type=Path, help="chosen pages are kept there")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--wide-from", type=int, default=BLOCK.wide_from, help="of block CSA")
     options = parser.parse_args()
+    settings = msgspec.structs.replace(BLOCK, wide_from=options.wide_from)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     lengths = LENGTHS[:2] if options.quick else options.lengths
     tasks = TASKS[:1] if options.quick else TASKS
-    rows = older(options.json, lengths) + list(measured(lengths, tasks, options.captures))
+    rows = older(options.json, lengths)
+    rows += measured(lengths, tasks, options.captures, settings)
     report(options.json, figures(rows), rows)
     for row in rows:
         if "skipped" in row:

@@ -47,7 +47,6 @@ def main() -> None:
     axes[1].set_xlabel("tokens of the prompt")
     axes[1].legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
     for axis in axes:
-        axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_ylabel("bytes per token and layer, all ranks")
         for side in ("top", "right"):
@@ -68,6 +67,7 @@ def curves(axis: Axes, rows: list[Row], over: str) -> None:
         xs = sorted(found)
         ys = [statistics.fmean(found[x]) for x in xs]
         axis.plot(xs, ys, line, marker="o", markersize=3, color=colour, label=label)
+    axis.set_xscale("log", base=2)
     axis.set_xticks(sorted({row[over] for row in rows}))
     axis.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
 
