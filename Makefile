@@ -3,6 +3,7 @@
 #   make serve                        the embedded model on two CPU ranks at 127.0.0.1:30000
 #   make serve ARGS="--model-path DIR --sp-size 2"
 #   make test                         all that CI runs;  PYTEST_ARGS="test/unit -k radix" for a part
+#   make sanitize                     the kernels' tests under sanitizers, which CI runs beside that
 #   make TORCH="torch==2.13.0 --index-url URL" serve
 #                                     another build of torch: the default one brings gigabytes of CUDA
 #                                     libraries; PyTorch's install page names the index of CPU builds
@@ -23,7 +24,7 @@ TORCH_FREE := types config ipc telemetry costmodel kvcache grammar scheduler fro
 CHECKED := $(wildcard $(addprefix python/sps_runtime/,$(TORCH_FREE))) \
 	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py registry.py))
 
-.PHONY: serve test check lint types pytest format setup doctor clean
+.PHONY: serve test check lint types pytest sanitize format setup doctor clean
 
 serve: setup
 	$(BIN)/sps serve $(ARGS)
@@ -45,6 +46,14 @@ types: setup
 
 pytest: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The kernels' tests under the address and undefined-behaviour sanitizers: a CI job of its own.
+sanitize: setup $(STAMPS)/kernel-tools
+	$(MAKE) -C sgl-kernel sanitize PYTHON=$(abspath $(BIN)/python)
+
+$(STAMPS)/kernel-tools: $(STAMPS)/package
+	$(BIN)/pip install nanobind cmake ninja
+	touch $@
 
 format: setup
 	$(BIN)/ruff check --fix .
