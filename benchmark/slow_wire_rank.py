@@ -27,7 +27,7 @@ from sps_runtime.distributed.collectives import all_gather
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.distributed.fences import NoFence
 from sps_runtime.distributed.mesh import Mesh
-from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
+from sps_runtime.distributed.torch_dist import gloo_mailroom, tcp_store
 from sps_runtime.kvcache.placement import divide, divide_units, make_placement
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
@@ -117,8 +117,9 @@ class Rank:
         store = tcp_store(addresses[0], PORT, self.size, master=rank == 0)
         self._traffic = Traffic()
         address = addresses[rank]
-        group = gloo_group(store, rank, self.size, address=address, timeout_s=PATIENCE_S)
-        self._mailroom = TorchDistMailroom(group, self._traffic)
+        self._mailroom = gloo_mailroom(
+            store, rank, self.size, self._traffic, address=address, timeout_s=PATIENCE_S
+        )
         self._ops = choose_ops("auto", 1)
         self._runners: dict[tuple[str, bool], ModelRunner] = {}
         self._epoch = 1

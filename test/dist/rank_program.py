@@ -27,9 +27,8 @@ from sps_runtime.distributed.mesh import Mesh
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
 from sps_runtime.distributed.shared_memory import SharedMemoryMailroom
 from sps_runtime.distributed.torch_dist import (
-    TorchDistMailroom,
     file_store,
-    gloo_group,
+    gloo_mailroom,
     tcp_store,
 )
 from sps_runtime.kvstore.pool import KVPool, KVStore
@@ -184,8 +183,7 @@ def main(kind: str, rank: int, size: int, argument: str) -> None:
             store = file_store(argument, size)
         else:
             store = tcp_store("127.0.0.1", int(argument), size, master=rank == 0, timeout_s=30)
-        group = gloo_group(store, rank, size, address="127.0.0.1", timeout_s=30)
-        mailroom = TorchDistMailroom(group, traffic)
+        mailroom = gloo_mailroom(store, rank, size, traffic, address="127.0.0.1", timeout_s=30)
         check_strides(mailroom, rank, size)
         listening = [c for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
         assert listening and all(c.laddr.ip == "127.0.0.1" for c in listening), listening

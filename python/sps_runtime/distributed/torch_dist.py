@@ -28,6 +28,10 @@ Store = Any
 ProcessGroup = Any
 
 
+SMALL = 4096
+"""Bytes of a message that goes ahead of large ones."""
+
+
 def file_store(path: str, world_size: int) -> Store:
     """Rendezvous through a file in a private directory: ranks of one host."""
     return dist.FileStore(path, world_size)
@@ -73,6 +77,29 @@ def gloo_group(
         raise ConnectionError(f"rank {rank} could not connect: {error}") from error
 
 
+def gloo_mailroom(
+    store: Store,
+    rank: int,
+    world_size: int,
+    traffic: Traffic,
+    *,
+    address: str,
+    timeout_s: float = 60.0,
+) -> TorchDistMailroom:
+    """A mailroom over two gloo groups, each with connections of its own.
+
+    Raises:
+        ConnectionError: when not all ranks come in time.
+    """
+    group, back = (
+        gloo_group(
+            dist.PrefixStore(way, store), rank, world_size, address=address, timeout_s=timeout_s
+        )
+        for way in ("up", "down")
+    )
+    return TorchDistMailroom(group, traffic, back=back)
+
+
 def nccl_group(
     store: Store, rank: int, world_size: int, *, timeout_s: float = 60.0
 ) -> ProcessGroup:
@@ -85,14 +112,27 @@ def nccl_group(
 class TorchDistMailroom:
     """One rank's `Mailroom` over a process group of the whole world.
 
+    gloo asks for each message by one of its own on the same connection, and a connection's bytes
+    keep their order: behind megabytes that leave, a request for others would wait for all of them.
+    So with `back` large messages to higher ranks take `group`, those to lower ones `back`, and
+    small ones, which others may be waiting for, go against the stream.
+
     Args:
         group: of `gloo_group` or `nccl_group`.
         traffic: where to count.
+        back: a second group of the same ranks.
         coalesce: post all messages of an exchange as one operation, as NCCL needs.
     """
 
-    def __init__(self, group: ProcessGroup, traffic: Traffic, *, coalesce: bool = False) -> None:
-        self._group = group
+    def __init__(
+        self,
+        group: ProcessGroup,
+        traffic: Traffic,
+        *,
+        back: ProcessGroup | None = None,
+        coalesce: bool = False,
+    ) -> None:
+        self._group, self._back = group, back or group
         self._coalesce = coalesce
         self.rank = int(group.rank())
         self.traffic = traffic
@@ -116,15 +156,23 @@ class TorchDistMailroom:
     def _post(
         self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int
     ) -> list[Any]:
-        group = self._group
+        group, way = self._group, self._way
         device = next(iter((*outgoing.values(), *incoming.values()))).device
         if self._coalesce:
             group._start_coalescing(device)
         # gloo asks for a message by one of its own, on the same connection. Posted after what is
         # sent, it would arrive after it, and a wire would carry one way at a time.
-        works = [group.recv([data], peer, tag) for peer, data in incoming.items()]
-        works += [group.send([data], peer, tag) for peer, data in outgoing.items()]
+        works = [
+            way(self.rank > peer, data).recv([data], peer, tag) for peer, data in incoming.items()
+        ]
+        works += [
+            way(self.rank < peer, data).send([data], peer, tag) for peer, data in outgoing.items()
+        ]
         return [group._end_coalescing(device)] if self._coalesce else works
+
+    def _way(self, upwards: bool, data: Tensor) -> ProcessGroup:
+        """The group that takes a message to a higher rank, or to a lower one."""
+        return self._group if upwards == (data.nbytes > SMALL) else self._back
 
 
 @dataclass(frozen=True)

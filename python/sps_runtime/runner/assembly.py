@@ -24,7 +24,7 @@ from sps_runtime.distributed.native_links import NativeMailroom
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
 from sps_runtime.distributed.routed import RoutedMailroom
 from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailroom
-from sps_runtime.distributed.torch_dist import TorchDistMailroom, gloo_group, tcp_store
+from sps_runtime.distributed.torch_dist import gloo_mailroom, tcp_store
 from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
 from sps_runtime.kvstore.summaries import SummaryShape, SummaryStore
@@ -142,8 +142,10 @@ def open_mailroom(
     host, port = _split_address(config.parallel.dist_init_addr or "")
     store = tcp_store(host, port, mesh.world_size, master=mesh.rank == 0, timeout_s=timeout_s)
     address = _address_towards(host, port)
-    group = gloo_group(store, mesh.rank, mesh.world_size, address=address, timeout_s=timeout_s)
-    return RoutedMailroom(local, TorchDistMailroom(group, traffic), place.rank_hosts())
+    remote = gloo_mailroom(
+        store, mesh.rank, mesh.world_size, traffic, address=address, timeout_s=timeout_s
+    )
+    return RoutedMailroom(local, remote, place.rank_hosts())
 
 
 def _local_mailroom(

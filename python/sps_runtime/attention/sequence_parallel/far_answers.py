@@ -63,18 +63,25 @@ class Clerk:
     def serve(self) -> None:
         """Until the last layer; where a peer is lost, the flight fails."""
         sent: list[Pending] = []
+        layers = range(self.flight.context.store.shape.layers)
         try:
-            for layer in range(self.flight.context.store.shape.layers):
-                sent += self._answer(layer)
+            asked = [self._expect(layer) for layer in layers]
+            for layer, (bits, pending) in zip(layers, asked, strict=True):
+                pending.wait()
+                sent += self._answer(layer, bits)
             for pending in sent:
                 pending.wait()
         except ConnectionError:
             self.flight.baton.fail()
 
-    def _answer(self, layer: int) -> list[Pending]:
+    def _expect(self, layer: int) -> tuple[Tensor | None, Pending]:
+        bits = bits_room(len(self.index), self.far.kv_heads)
+        room = self._to_reader(bits)
+        return bits, self.flight.post(QUESTION, layer, self.block, self._to_reader(None), room)
+
+    def _answer(self, layer: int, bits: Tensor | None) -> list[Pending]:
         flight, far, nothing = self.flight, self.far, self._to_reader(None)
-        bits, own = bits_room(len(self.index), far.kv_heads), flight.context.store.own
-        flight.post(QUESTION, layer, self.block, nothing, self._to_reader(bits)).wait()
+        own = flight.context.store.own
         wanted = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
         unpack_bits(bits, wanted, self.index)
         units = Units(flight.step, wanted, self.index)
