@@ -28,7 +28,7 @@ from sps_runtime.attention.sequence_parallel.far_answers import (
     Coming,
 )
 from sps_runtime.attention.sequence_parallel.far_pages import FarPages, Mirror, Units, pack_bits
-from sps_runtime.attention.sequence_parallel.in_flight import LEAD, OLD, Flight
+from sps_runtime.attention.sequence_parallel.in_flight import HURRY, LEAD, OLD, Flight, Turn
 from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
 from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
@@ -162,12 +162,14 @@ class FlyingCsa:
             raise ValueError("layers with a window do not fly under csa")
         flight, mine = self._flight, self._blocks[block]
         state = self._visit(block, layer, q_THD, scale)
-        flight.go_on(block, layer)
-        flight.read_in_place(block, layer, mine.members)
-        self._learn(block, layer, state)
+        first = (layer - HURRY, block)  # choosing is short, and a wire may wait for the question
+        flight.follow(block, first)
+        flight.read_in_place(first, layer, mine.members)
+        self._learn(block, layer, first, state.summaries)
         rows = [self._rows(block, layer, state, q_THD, part, scale) for part in mine.sparse]
         wanted = self._wanted(block, rows)
         self._ask(block, layer, state, wanted)
+        flight.baton.offer((layer, block))
         self._receive(block, layer, state, wanted)
         partials = self._alone(block, layer, state, q_THD, scale)
         for part in rows:
@@ -223,12 +225,11 @@ class FlyingCsa:
 
     # -- a block's own
 
-    def _learn(self, block: int, layer: int, state: _Layer) -> None:
+    def _learn(self, block: int, layer: int, turn: Turn, coming: Coming) -> None:
         """Wait for the summaries of all pages that it may choose."""
-        coming = state.summaries
         for parcel in self._blocks[block].parcels:
             if parcel not in coming.known and parcel in coming.pending:
-                with self._flight.baton.lent((layer, block)), coming.lock:
+                with self._flight.baton.lent(turn), coming.lock:
                     self._keep(layer, coming, parcel)
 
     def _keep(self, layer: int, coming: Coming, parcel: int) -> None:

@@ -40,7 +40,7 @@ class FlyingPassKV:
         courier.visit(block, layer)
         flight.go_on(block, layer)
         parcels = courier.parcels
-        flight.read_in_place(block, layer, parcels.members[block])
+        flight.read_in_place((layer, block), layer, parcels.members[block])
         pool = flight.context.pages(layer)
         partial = backend.partial(q_THD, parcels.here[block], pool, scale=scale, window=window)
         if parcels.there[block]:

@@ -137,7 +137,7 @@ class FlyingUlysses:
     ) -> Partial:
         flight, parcels = self._flight, courier.parcels
         backend = flight.context.backend
-        flight.read_in_place(block, layer, parcels.members[block])
+        flight.read_in_place((layer, block), layer, parcels.members[block])
         pool = flight.context.pages(layer)
         partial = share_partial(backend, q_THD, parcels.here[block], pool, share, 0, scale, window)
         if not parcels.there[block]:

@@ -33,6 +33,8 @@ LEAD = 3
 staged pages of so many layers take is the pipeline's price in memory."""
 KINDS = 8
 """Kinds of messages that a strategy may tell apart."""
+HURRY = 1 << 20
+"""Taken off a turn's layer by what is short and lets others begin: it goes first."""
 OLD = 0
 """The parcel of pages that were there before the step; block b's is 1 + b."""
 
@@ -75,6 +77,10 @@ class Flying(Protocol):
         """Attention of one block, whose KV has been written: send, `Flight.go_on`, attend. Called
         with the baton, which it lends while it waits (`Flight.wait`)."""
         ...
+
+
+Turn = tuple[int, int]
+"""(layer, block), as `Baton` orders them."""
 
 
 def flight_of(plan: StepPlan, layout: ShardLayout, context: AttentionContext) -> Flight | None:
@@ -161,15 +167,18 @@ class Flight:
         """Everything that others need has left: let those compute that stand before this block,
         and wait for the KV of the blocks before it."""
         self.baton.offer((layer, block))
-        earlier = [other for other in self.blocks if other < block]
-        self._wait_for(
-            (layer, block), lambda: all(self._written[other] >= layer for other in earlier)
-        )
+        self.follow(block, (layer, block))
 
-    def read_in_place(self, block: int, layer: int, members: Sequence[int]) -> None:
+    def follow(self, block: int, turn: Turn) -> None:
+        """Wait for the KV of the blocks before one, at its turn's layer."""
+        layer = turn[0] % HURRY
+        earlier = [other for other in self.blocks if other < block]
+        self._wait_for(turn, lambda: all(self._written[other] >= layer for other in earlier))
+
+    def read_in_place(self, turn: Turn, layer: int, members: Sequence[int]) -> None:
         """Wait until members' KV of a layer can be read in their pools."""
         if members:
-            with self.baton.lent((layer, block)):
+            with self.baton.lent(turn):
                 for member in members:
                     peer = self.step.peers[member]
                     self.context.fence.wait(peer, self.layout.epoch, layer)
@@ -214,7 +223,7 @@ class Flight:
         self.strategy.finish()
         self.context.traffic.exposed_s += self.baton.idle_s + time.monotonic() - began
 
-    def _wait_for(self, turn: tuple[int, int], may: Callable[[], bool]) -> None:
+    def _wait_for(self, turn: Turn, may: Callable[[], bool]) -> None:
         baton = self.baton
 
         def go() -> bool:
