@@ -206,7 +206,7 @@ def test_tokens_are_the_references(sp: int, placement: str) -> None:
 @pytest.mark.parametrize("sp", [1, 2])
 def test_pages_that_tokens_fill_are_judged_by_their_summaries(sp: int) -> None:
     """Over more than a block, so that what was generated becomes what is chosen from."""
-    DecodeCase([200, 333], [sparse(), sparse(minimum=2)], sp=sp, steps=70, seed=9).run()
+    DecodeCase([200, 333], [sparse(), sparse(minimum=2)], sp=sp, steps=40, seed=9).run()
 
 
 @pytest.mark.parametrize("name", ["mean", "quest", "oracle"])

@@ -97,9 +97,15 @@ class SparseMeasure:
 
     def _own_weights(self, mine: Sequence[Sample]) -> Tensors:
         """lse of each sample's rows over this rank's pages, and those outside of the group."""
+        read: dict[tuple[int, int, int], int] = defaultdict(int)
         for sample in mine:
-            pages = np.searchsorted(self._outside, sample.pages[:2])
-            self._counts.read_in_place(sample.sequence, int(pages[1] - pages[0]))
+            pages = np.diff(np.searchsorted(self._outside, sample.pages[:2]))
+            where = (sample.layer, sample.head, sample.sequence)
+            read[where] = max(
+                read[where], int(pages[0])
+            )  # those of an earlier block are among them
+        for (_, _, sequence), pages in read.items():
+            self._counts.read_in_place(sequence, pages)
         queries = [self._kept[sample][0] for sample in mine]
         here = np.union1d(self._owned[self._step.me], self._outside)
         return self._weigh(mine, queries, here, own=True)
