@@ -111,7 +111,7 @@ def test_the_cost_model_says_how_long_a_prompt_must_be() -> None:
     rids = [server.add([(7 * n) % 50 for n in range(n)], 1, attention=CSA) for n in (40, 250)]
     server.run()
     reports = [server.finals[rid].attention for rid in rids]
-    assert reports[0].mode == "exact" and "shorter" in reports[0].reason
+    assert reports[0].mode == "exact" and "sooner" in reports[0].reason
 
 
 def test_a_superblock_waits_for_room_on_one_rank_and_is_not_overtaken_for_ever() -> None:

@@ -8,7 +8,7 @@ from sps_runtime.config.cache import CacheConfig
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
-from sps_runtime.costmodel.sparse import least_tokens
+from sps_runtime.costmodel.sparse import pays
 from sps_runtime.kvcache.prefix_cache import PrefixCache
 from sps_runtime.scheduler.admission import Admission
 from sps_runtime.scheduler.budget import most_pages
@@ -57,11 +57,12 @@ def sparse_rules(view: View, refusal: str) -> SparseRules:
         refusal = "policy sarathi computes every token on all ranks"
     cost = view.costs.prefill_cost(ranks)
 
-    def least(settings: SparseSettings) -> int:
-        fixed = config.csa_min_tokens
-        return least_tokens(cost, settings) if fixed is None else fixed
+    def worth(settings: SparseSettings, tokens: int) -> bool:
+        return pays(cost, settings, tokens, ranks)
 
-    return SparseRules(refusal, cache.page_size, ranks, cache.pages_per_rank, least)
+    return SparseRules(
+        refusal, cache.page_size, ranks, cache.pages_per_rank, worth, config.csa_min_tokens
+    )
 
 
 def board_slots(config: SchedulerConfig) -> int:

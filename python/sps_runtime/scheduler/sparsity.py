@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sps_runtime.costmodel.sparse import LONGEST
 from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.sparse.audit_summary import summarize
 from sps_runtime.types.attention import (
@@ -16,8 +15,6 @@ from sps_runtime.types.attention import (
     SparseSettings,
 )
 
-NEVER_PAYS = "with these settings exact attention is never slower"
-
 
 @dataclass(frozen=True)
 class SparseRules:
@@ -26,14 +23,17 @@ class SparseRules:
     Attributes:
         refusal: why this server runs no csa at all; empty where it does.
         page_size, ranks, pages_per_rank: of the KV cache.
-        least_tokens: prompts below it are computed sooner exactly, under given settings.
+        pays: whether a prompt of so many tokens is not computed sooner exactly.
+        min_tokens: shorter prompts run exact, all others do not, whatever `pays` says; None: it
+            decides.
     """
 
     refusal: str
     page_size: int
     ranks: int
     pages_per_rank: int
-    least_tokens: Callable[[SparseSettings], int]
+    pays: Callable[[SparseSettings, int], bool]
+    min_tokens: int | None = None
 
     def decide(self, wanted: AttentionSpec, prompt_len: int) -> Sparsity | None:
         """How a request of so many tokens is computed; None when it asked for exact attention."""
@@ -50,9 +50,11 @@ class SparseRules:
             return f"superblocks are no multiple of the page of {self.page_size} tokens"
         if settings.estimator == "stride" and self.page_size % settings.stride:
             return f"a stride of {settings.stride} does not divide pages of {self.page_size} tokens"
-        if prompt_len < (least := self.least_tokens(settings)):
-            paying = f"{least} tokens, from where on csa is sooner"
-            return f"the prompt is shorter than {paying}" if least < LONGEST else NEVER_PAYS
+        if self.min_tokens is None:
+            if not self.pays(settings, prompt_len):
+                return f"exact attention is sooner for a prompt of {prompt_len} tokens"
+        elif prompt_len < self.min_tokens:
+            return f"the prompt is shorter than {self.min_tokens} tokens"
         if not self._fits(settings, prompt_len):
             return "the KV cache is too small for superblocks"
         return ""
