@@ -342,3 +342,15 @@ def test_a_grammar_that_allows_nothing_fails_its_own_row() -> None:
     masks = {1: GrammarError("nothing may follow")}
     fine, failed = sample(random_logits(2), plan, [0, 1], {}, masks)
     assert fine.failure is None and failed.failure == "nothing may follow"
+
+
+def test_greedy_sequences_follow_their_grammars() -> None:
+    """A step of greedy sequences alone is sampled on a shorter way."""
+    greedy = planned(temperature=0, grammar="some grammar")
+    sequence = SequencePlan(slot=0, start=0, count=1, tokens=b"", pages=b"", sample=greedy)
+    plan = StepPlan(epoch=1, group=(0,), sequences=(sequence,))
+    logits_RV = random_logits(1)
+    (kept,) = sample(logits_RV, plan, [0], {}, {0: allowing(3)})
+    assert kept.token == 3 and kept.failure is None
+    (failed,) = sample(logits_RV, plan, [0], {}, {0: GrammarError("nothing may follow")})
+    assert failed.failure == "nothing may follow"

@@ -12,7 +12,8 @@ from sps_runtime.types.plan import SamplePlan
 
 def has_edits(sample: SamplePlan) -> bool:
     """Whether `edit_row` would change anything."""
-    return bool(sample.params.penalized or sample.params.logit_bias or sample.forbid_stop)
+    params = sample.params
+    return bool(params.penalized or params.logit_bias or params.grammar or sample.forbid_stop)
 
 
 def edit_row(
