@@ -12,16 +12,50 @@ WHITESPACE = r"( |\n[ \t]{0,12})"
 cannot fill an answer with blanks."""
 
 
-def with_whitespace(schema: Any) -> Any:
-    """The schema with our rule for whitespace, whatever its own hints say."""
+_COMBINED = ("$ref", "anyOf", "oneOf", "if", "not", "dependentSchemas")
+_OTHERS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_LISTED = ("anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties")
+
+
+def settled_schema(schema: Any) -> Any:
+    """The schema as answers are held to it: with our rule for whitespace, whatever its own hints
+    say, and with objects that tell their properties closed to others (`closed`)."""
     if not isinstance(schema, dict):
         return schema  # true: anything
+    if '"allOf"' not in json.dumps(schema):
+        schema = closed(schema)
     return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+
+
+def closed(schema: Any) -> Any:
+    """Forbid properties that an object does not name, unless it says what becomes of them.
+
+    JSON Schema allows them, but who names properties wants those; the strict modes of OpenAI and
+    SGLang do the same. What this leaves is still valid under the schema. Not for schemas with
+    allOf, whose parts name properties for one another.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key in _NAMED:
+        if isinstance(found.get(key), dict):
+            found[key] = {name: closed(value) for name, value in found[key].items()}
+    for key in _LISTED:
+        if isinstance(found.get(key), list):
+            found[key] = [closed(value) for value in found[key]]
+    for key in _SINGLE:
+        if key in found:
+            found[key] = closed(found[key])
+    if "properties" in found and not any(key in found for key in (*_OTHERS, *_COMBINED)):
+        found["additionalProperties"] = False
+    return found
 
 
 def json_rule(schema: Any) -> str:
     """Lark for a value of a schema."""
-    return f"%json {json.dumps(with_whitespace(schema))}"
+    return f"%json {json.dumps(settled_schema(schema))}"
 
 
 def literal(text: str, special: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sps_runtime.grammar.ebnf import to_lark
-from sps_runtime.grammar.json_pieces import with_whitespace
+from sps_runtime.grammar.json_pieces import settled_schema
 from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary
 from sps_runtime.grammar.structural_tag import structural_tag_to_lark
 from sps_runtime.types.grammar import GrammarSpec
@@ -122,7 +122,7 @@ def _schema(source: str) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise GrammarError("a schema is a JSON object")
-    return json.dumps(with_whitespace(schema))
+    return json.dumps(settled_schema(schema))
 
 
 def _special_tokens(tokenizer: str) -> dict[str, int]:

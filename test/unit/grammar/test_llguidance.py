@@ -49,6 +49,16 @@ TAG = json.dumps(
         "triggers": ["<f=", "<|im_start|>"],
     }
 )
+PROPERTIES = '{"properties": {"a": {"properties": {"b": {"type": "integer"}}}}, "type": "object"}'
+OPEN = '{"type": "object", "properties": {"a": {}}, "additionalProperties": true}'
+ALL_OF = json.dumps(
+    {
+        "allOf": [
+            {"type": "object", "properties": {"a": {"type": "integer"}}},
+            {"type": "object", "properties": {"b": {"type": "integer"}}},
+        ]
+    }
+)
 GBNF = 'root ::= "a" list\nlist ::= ("," [0-9]+)*'
 
 
@@ -62,6 +72,10 @@ GBNF = 'root ::= "a" list\nlist ::= ("," [0-9]+)*'
         ("json_schema", '{"type": "integer", "minimum": 3, "maximum": 17}', "17", "18"),
         ("json_schema", ANY_JSON_OBJECT, '{\n  "a": 1\n}', '{"a":      1}'),
         ("json_schema", '{"type": "object", "x-guidance": {}}', "{}", "{"),
+        ("json_schema", PROPERTIES, '{"a": {"b": 1}}', '{"a": {"c": 1}}'),
+        ("json_schema", PROPERTIES, "{}", '{"x": 1}'),
+        ("json_schema", OPEN, '{"a": 1, "x": 1}', "1"),
+        ("json_schema", ALL_OF, '{"a": 1, "b": 2}', '{"a": "x"}'),
         ("ebnf", GBNF, "a,1,22", "a,"),
         ("ebnf", 'start: "x" /[0-9]/', "x1", "x"),
         ("structural_tag", TAG, "free <f=a>7</f> text", "<f=b>"),
