@@ -8,12 +8,22 @@ many questions; `lookalike` has documents of its own, of nothing but look-alikes
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.embedded_model.documents import Document, Question, Writer, place_question
 from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # recipes are no part of the package
+
+from recipes.embedded_model.documents import (  # noqa: E402
+    Document,
+    Question,
+    Writer,
+    place_question,
+)
 
 TASKS = ("single", "lookalike", "multi", "chain", "count")
 KINDS = {"mixed": ("single", "multi", "chain", "count"), "lookalike": ("lookalike",)}
@@ -23,7 +33,7 @@ FACTS = {"mixed": 0.5, "lookalike": 0.7}
 CHAT = 80  # tokens left for the question, the answer and the chat's marks
 SPREAD = 2048  # documents are shorter by up to this: questions lie anywhere in a superblock
 OPENING = "<|im_start|>user\n"
-CHECKPOINT = Path(__file__).resolve().parents[1] / "python/sps_runtime/assets/embedded"
+CHECKPOINT = ROOT / "python/sps_runtime/assets/embedded"
 
 
 @dataclass(frozen=True)

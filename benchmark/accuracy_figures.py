@@ -57,14 +57,6 @@ def by_cell(rows: list[Row]) -> dict[Cell, list[Row]]:
     return cells
 
 
-def common_documents(rows: list[Row], cells: dict[Cell, list[Row]]) -> list[Row]:
-    """Those of `rows` about documents that every one of `cells` was asked about: setups are
-    compared on the same questions."""
-    sets = [{(row["kind"], row["document"]) for row in mine} for mine in cells.values()]
-    common = set.intersection(*sets) if sets else set()
-    return [row for row in rows if (row["kind"], row["document"]) in common]
-
-
 def answers(rows: list[Row], task: str) -> dict[tuple[int, int], bool]:
     """(document, question) -> right."""
     return {

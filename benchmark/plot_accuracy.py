@@ -16,12 +16,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from accuracy_cases import TASKS
-from accuracy_figures import PAGE, by_cell, cell_figures, common_documents
+from accuracy_cases import KINDS
+from accuracy_figures import PAGE, by_cell, cell_figures
 from accuracy_setups import setup
 
 ROOT = Path(__file__).resolve().parent.parent
-LENGTHS = (8192, 16384)
+LENGTHS = (16384,)
 STYLES = {
     "block": ("#08519c", "o", "block"),
     "oracle": ("#31a354", "s", "oracle, shared by superblocks"),
@@ -36,16 +36,15 @@ STYLES = {
 
 
 def points(rows: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
-    """One for each setup: right answers (mean over tasks, worst task), bytes, density."""
-    cells = {
-        key: mine for key, mine in by_cell(rows).items() if key[:3] == (length, "end", "sparse")
-    }
+    """One for each setup and judge that was asked about the first document of mixed facts: right
+    answers (mean over its tasks, worst task), bytes, density."""
+    first = [row for row in rows if row["kind"] == "mixed" and row["document"] == 0]
+    wanted = (length, "end", "sparse")
+    cells = {key: mine for key, mine in by_cell(first).items() if key[:3] == wanted}
     found = []
     for (*_, name), mine in sorted(cells.items()):
-        values, _ = cell_figures(common_documents(mine, cells), [])
-        shares = [values[f"right_{task}"] for task in TASKS if f"right_{task}" in values]
-        if len(shares) < len(TASKS):
-            continue
+        values, _ = cell_figures(mine, [])
+        shares = [values[f"right_{task}"] for task in KINDS["mixed"]]
         found.append(
             {
                 "estimator": setup(name).estimator,
@@ -62,10 +61,8 @@ def points(rows: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
 def draw(axes: Axes, found: list[dict[str, Any]], x: str) -> None:
     for estimator, (colour, marker, label) in STYLES.items():
         for shared, filled in ((True, True), (False, False)):
-            mine = [
-                p for p in found if p["name"].partition(":")[0] == estimator and p[x] is not None
-            ]
-            mine = [p for p in mine if ("superblock=64" in p["name"]) != shared]
+            mine = [p for p in found if (p["estimator"], p["shared"]) == (estimator, shared)]
+            mine = [p for p in mine if p[x] is not None]
             mine.sort(key=lambda p: p[x])
             if not mine:
                 continue
@@ -98,7 +95,7 @@ def main() -> None:
     source = Path(names[0]) if names else ROOT / "benchmark" / "results" / "accuracy.json"
     target = Path(names[1]) if len(names) > 1 else ROOT / "docs" / "accuracy.png"
     rows = json.loads(source.read_text())["raw"]["rows"]
-    picture, axes = pyplot.subplots(len(LENGTHS), 2, figsize=(12, 8.5), dpi=120, squeeze=False)
+    picture, axes = pyplot.subplots(len(LENGTHS), 2, figsize=(12, 5.2), dpi=120, squeeze=False)
     for row, length in enumerate(LENGTHS):
         found = points(rows, length)
         for column, (x, words) in enumerate(
@@ -110,7 +107,7 @@ def main() -> None:
         axes[row][0].set_ylabel("right answers, %: mean of tasks, down to the worst")
     handles, labels = axes[0][1].get_legend_handles_labels()
     picture.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
-    picture.tight_layout(rect=(0, 0.07, 1, 1))
+    picture.tight_layout(rect=(0, 0.13, 1, 1))
     picture.savefig(target)
 
 
