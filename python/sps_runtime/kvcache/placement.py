@@ -8,6 +8,8 @@ P holds block i and block 2P - 1 - i, and every rank has the same tokens and the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import inf
 from typing import Protocol
 
 from sps_runtime.registry import resolve
@@ -69,6 +71,9 @@ def divide_units(
 ) -> list[int]:
     """The rank of each page of units that must not be divided: superblocks of sparse attention.
 
+    Units are dealt so that the rank with most pages has as few as they allow: by number, or, where
+    they differ in size, by where the middle of each lies among all pages.
+
     Args:
         sizes: pages of each unit, in order of position.
         room: pages that each rank can give.
@@ -78,12 +83,32 @@ def divide_units(
         The ranks of the pages of the first units, as many units as surely fit; perhaps none.
     """
     for count in range(len(sizes), 0, -1):
-        largest = max(sizes[:count])
-        quotas = divide(count, {rank: pages // largest for rank, pages in room.items()})
+        first = sizes[:count]
+        quotas = divide(count, {rank: pages // max(first) for rank, pages in room.items()})
         if quotas is not None:
-            units = zip(place(quotas), sizes, strict=False)
-            return [rank for rank, size in units for _ in range(size)]
+            by_number = place(quotas)
+            by_middle = _by_middle(first, place(dict.fromkeys(room, 2)))
+            dealt = min(by_number, by_middle, key=lambda ranks: _most(ranks, first, room))
+            return [rank for rank, size in zip(dealt, first, strict=True) for _ in range(size)]
     return []
+
+
+def _by_middle(sizes: Sequence[int], stretches: Sequence[int]) -> list[int]:
+    """The rank of each unit, where `stretches` are the ranks of equal stretches of all pages."""
+    twice = 2 * sum(sizes)
+    ends = accumulate(sizes)
+    return [
+        stretches[(2 * end - size) * len(stretches) // twice]
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+
+
+def _most(ranks: Sequence[int], sizes: Sequence[int], room: Mapping[int, int]) -> float:
+    """Pages of the rank that gets most; infinite where one lacks room."""
+    pages = dict.fromkeys(room, 0)
+    for rank, size in zip(ranks, sizes, strict=True):
+        pages[rank] += size
+    return inf if any(pages[rank] > room[rank] for rank in room) else max(pages.values())
 
 
 def next_owner(owners: Sequence[int], room: Sequence[int]) -> int | None:

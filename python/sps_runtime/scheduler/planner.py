@@ -112,7 +112,9 @@ class Planner:
         held = len(run.table.pages) * self._page_size
         sizes = superblock_pages(settings, held, end, self._page_size)
         if sizes:
-            place = contiguous if settings.estimator == "stride" else self._place
+            # Neighbouring superblocks share pages, so where pages cross, they lie side by side.
+            neighbours = settings.estimator == "stride" or not self._view.costs.in_place
+            place = contiguous if neighbours else self._place
             ranks = divide_units(sizes, room, place)
             if not ranks or not self._cache.allocate(run.handle, ranks):
                 end = held

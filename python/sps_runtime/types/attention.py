@@ -45,7 +45,7 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: int = 32
     block: int = 64
     superblock: int = 1024
-    wide_from: int = 32768
+    wide_from: int = 16384
     tail: Literal["mean", "none"] = "mean"
     decode: Literal["exact", "sparse"] = "exact"
     stride: int = 4
