@@ -44,7 +44,8 @@ def pages_of(found: Chosen, item: int) -> set[int]:
 
 
 def test_all_names_of_requests_are_known() -> None:
-    assert set(ESTIMATORS.values()) == set(registry.ESTIMATORS)
+    """`stride` is a strategy of its own and judges no pages."""
+    assert set(ESTIMATORS.values()) - {"stride"} == set(registry.ESTIMATORS)
 
 
 @pytest.mark.parametrize("name", sorted(registry.ESTIMATORS))
