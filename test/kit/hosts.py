@@ -81,6 +81,12 @@ class TwoHosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
+    def congestion_control(self, name: str) -> None:
+        """What TCP connections of both hosts use from now on."""
+        for host in self.names:
+            setting = f"net.ipv4.tcp_congestion_control={name}"
+            subprocess.run(["ip", "netns", "exec", host, "sysctl", "-qw", setting], check=True)
+
     def shape(self, mbit: float) -> None:
         """Let each end send so many megabits a second, headers included; 0 for no limit."""
         for name, link in zip(self.names, self._links, strict=True):
