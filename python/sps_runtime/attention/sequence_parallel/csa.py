@@ -19,23 +19,18 @@ from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import needed
 from sps_runtime.attention.sequence_parallel.far_pages import FarExchange, FarPages
 from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
+from sps_runtime.attention.sequence_parallel.new_summaries import NewSummaries
 from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
 from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.sparse_blocks import (
     alone_pages,
-    new_pages,
     reads_everything,
     sparse_blocks,
     split_runs,
 )
 from sps_runtime.types.attention import SparseCounters
-
-
-def crosses_hosts(step: StepState) -> bool:
-    """Whether members of a step lie on several hosts."""
-    return not all(step.same_host(0, member) for member in range(step.size))
 
 
 class SparsePassKV:
@@ -48,29 +43,20 @@ class SparsePassKV:
 
     def __init__(self, step: StepState) -> None:
         self._step = step
-        layout, context = step.layout, step.context
-        if context.sparse is None:
-            raise ValueError(f"epoch {layout.epoch} is sparse where pages have no summaries")
-        self._operators = context.sparse.operators
+        layout = step.layout
+        self._new_summaries = NewSummaries(step)
+        self._operators = self._new_summaries.operators
         split = [split_runs(layout, member) for member in range(step.size)]
-        _mine, self._exact = split[step.me][0], [exact for _, exact in split]
+        self._exact = [exact for _, exact in split]
         found = [sparse_blocks(layout, sparse) for sparse, _ in split]
         self._blocks = found[step.me]
-        owners, sp_rank = layout.pages.owners, context.mesh.sp_rank
-        written = layout.pages.ids[new_pages(layout, sp_rank)] % context.store.shape.slots
-        self._written = torch.from_numpy(written)
         seen = [needed(layout, sparse, None) for sparse, _ in split]
         need = seen[step.me]
-        self._far = FarExchange(FarPages(step, seen)) if crosses_hosts(step) else None
+        self._far = FarExchange(FarPages(step, seen)) if step.crosses_hosts else None
         if self._far is None and (need & ~step.readable()).any():
             raise ValueError(f"epoch {layout.epoch} chooses among pages that cannot be read")
         self._everything = need[:, None] & ~step.readable()[:, None]
-        self._waits = tuple(
-            member
-            for member, rank in enumerate(layout.group)
-            if step.same_host(step.me, member) and member != step.me
-            if (need & (owners == rank)).any()
-        )
+        self._waits = step.neighbours(need)
         self._counts = SparseCounts(step, need, alone_pages(layout, self._exact[step.me]))
         self._measure = SparseMeasure(step, self._counts, found)
         self._reads: dict[int | None, KVReads] = {}
@@ -94,7 +80,7 @@ class SparsePassKV:
         step = self._step
         step.write(layer, k_TKD, v_TKD)
         if window is None:
-            self._summarise(layer)
+            self._new_summaries.write(layer)
         if step.size > 1:
             step.publish(layer)
         partials = self._exact_rows(layer, q_THD, k_TKD.shape[1], scale, window)
@@ -143,12 +129,6 @@ class SparsePassKV:
             self._counts.route(int(self._blocks[0].sequences[0]), asked)
         for part in parts:
             part.read(pool)
-
-    def _summarise(self, layer: int) -> None:
-        sparse, own = self._step.context.sparse, self._step.context.store.own
-        if sparse is not None and len(self._written):
-            out_SKX = sparse.store.own[layer]
-            self._operators.summarise(own.k[layer], own.v[layer], self._written, out_SKX)
 
     def _exact_rows(
         self, layer: int, q_THD: Tensor, kv_heads: int, scale: float, window: int | None

@@ -29,6 +29,7 @@ from sps_runtime.attention.sequence_parallel.far_answers import (
 )
 from sps_runtime.attention.sequence_parallel.far_pages import FarPages, Mirror, Units, pack_bits
 from sps_runtime.attention.sequence_parallel.in_flight import HURRY, LEAD, OLD, Flight, Turn
+from sps_runtime.attention.sequence_parallel.new_summaries import NewSummaries
 from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
 from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
@@ -37,7 +38,6 @@ from sps_runtime.attention.shard_layout import Ints, Runs
 from sps_runtime.attention.sparse_blocks import (
     SparseBlocks,
     alone_pages,
-    new_pages,
     reads_everything,
     sparse_blocks,
     split_runs,
@@ -70,7 +70,7 @@ class _Block:
     """One block on this rank.
 
     Attributes:
-        written: slots of the full pages that it writes.
+        written: the summaries of the pages that it fills.
         sparse: its query blocks, in the order of its rows.
         alone: its row that reads all pages, if it has one.
         sees: pages that its rows may read.
@@ -79,11 +79,11 @@ class _Block:
     """
 
     step: StepState
-    written: Tensor
+    written: NewSummaries
     sparse: list[SparseBlocks]
     alone: Runs
     sees: Mask
-    members: list[int]
+    members: tuple[int, ...]
     parcels: list[int]
 
 
@@ -94,15 +94,11 @@ class FlyingCsa:
 
     def __init__(self, flight: Flight) -> None:
         self._flight, step, layout = flight, flight.step, flight.layout
-        context = flight.context
-        if context.sparse is None:
-            raise ValueError(f"epoch {layout.epoch} is sparse where pages have no summaries")
-        self._operators = context.sparse.operators
         size, me = step.size, step.me
         split = [split_runs(layout, member) for member in range(size)]
         self._see = [
-            [self._seen(block, member) for member in range(size)]
-            for block in range(len(flight.plans))
+            [flight.sees(block, of_block.runs(member), None) for member in range(size)]
+            for block, of_block in enumerate(flight.layouts)
         ]
         need = [np.logical_or.reduce([of[member] for of in self._see]) for member in range(size)]
         self._far = FarPages(step, need)
@@ -138,10 +134,7 @@ class FlyingCsa:
 
     def wrote(self, block: int, layer: int) -> None:
         """Summarise the pages that a block filled."""
-        context, written = self._flight.context, self._blocks[block].written
-        if context.sparse is not None and len(written):
-            own, out_SKX = context.store.own, context.sparse.store.own[layer]
-            self._operators.summarise(own.k[layer], own.v[layer], written, out_SKX)
+        self._blocks[block].written.write(layer)
 
     def counters(self) -> tuple[SparseCounters, ...]:
         """As `csa.SparsePassKV.counters`; a collective call."""
@@ -251,9 +244,17 @@ class FlyingCsa:
         scale: float,
     ) -> SparseRows:
         counts = BlockCounts(self._counts, state.counted)
-        step, first_row = self._blocks[block].step, self._flight.rows[block][0]
+        mine, first_row = self._blocks[block], self._flight.rows[block][0]
         return SparseRows(
-            step, self._operators, counts, self._measure, layer, q_THD, blocks, scale, first_row
+            mine.step,
+            mine.written.operators,
+            counts,
+            self._measure,
+            layer,
+            q_THD,
+            blocks,
+            scale,
+            first_row,
         )
 
     def _wanted(self, block: int, rows: Sequence[SparseRows]) -> Mask:
@@ -272,7 +273,7 @@ class FlyingCsa:
 
     def _ask(self, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
         """Ask owners for what no block of this rank has asked for yet."""
-        flight, _far = self._flight, self._far
+        flight = self._flight
         size, me = flight.step.size, flight.step.me
         fresh = wanted & ~state.asked
         state.asked |= fresh
@@ -326,14 +327,6 @@ class FlyingCsa:
 
     # -- who has what
 
-    def _seen(self, block: int, member: int) -> Mask:
-        """Pages of the step's table that a member's rows of a block see."""
-        layout = self._flight.layouts[block]
-        found = np.zeros(len(self._flight.layout.pages.ids), dtype=np.bool_)
-        mask = needed(layout, layout.runs(member), None)
-        found[: len(mask)] = mask
-        return found
-
     def _askable(self, owner: int, reader: int, block: int) -> Ints:
         """Places of an owner's pages that a reader's block may ask for."""
         index = self._far.index(owner, reader)
@@ -345,24 +338,16 @@ class FlyingCsa:
 
     def _block(self, block: int) -> _Block:
         flight = self._flight
-        step, layout = StepState(flight.layouts[block], flight.context), flight.layouts[block]
+        step, layout = flight.steps[block], flight.layouts[block]
         sparse, alone = split_runs(layout, step.me)
-        sp_rank, slots = flight.context.mesh.sp_rank, flight.context.store.shape.slots
-        new = new_pages(layout, sp_rank)
         seen = self._see[block][step.me]
-        owners = flight.layout.pages.owners
         far = seen & ~flight.step.readable()
-        ranks = np.unique(owners[seen])
         return _Block(
             step=step,
-            written=torch.from_numpy(layout.pages.ids[new] % slots),
+            written=NewSummaries(step),
             sparse=sparse_blocks(layout, sparse),
             alone=alone,
             sees=seen,
-            members=[
-                m
-                for m, rank in enumerate(layout.group)
-                if m != step.me and rank in ranks and step.same_host(step.me, m)
-            ],
+            members=flight.step.neighbours(seen),
             parcels=np.unique(self._parcel[far]).tolist(),
         )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.sequence_parallel.in_flight import Flight
+from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare
 from sps_runtime.attention.sequence_parallel.parcels import Courier, plan_parcels
-from sps_runtime.ops.merge_state import merge_state
 
 
 class FlyingPassKV:
@@ -35,19 +34,12 @@ class FlyingPassKV:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        flight, backend = self._flight, self._flight.context.backend
         courier = self._courier(window, kv_heads)
         courier.visit(block, layer)
-        flight.go_on(block, layer)
-        parcels = courier.parcels
-        flight.read_in_place((layer, block), layer, parcels.members[block])
-        pool = flight.context.pages(layer)
-        partial = backend.partial(q_THD, parcels.here[block], pool, scale=scale, window=window)
-        if parcels.there[block]:
-            staged = courier.arrived(block, layer)
-            runs = parcels.there[block]
-            other = backend.partial(q_THD, runs, staged, scale=scale, window=window)
-            partial = Partial(*merge_state(partial.o, partial.lse, other.o, other.lse))
+        self._flight.go_on(block, layer)
+        heads = q_THD.shape[1]
+        share = HeadShare.of(0, heads, heads // kv_heads)
+        partial = courier.attend(block, layer, q_THD, share, scale)
         courier.leave(layer)
         return partial.o.to(q_THD.dtype)
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.sequence_parallel.in_flight import Flight
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, share_partial
+from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare
 from sps_runtime.attention.sequence_parallel.parcels import Courier, plan_parcels
 from sps_runtime.attention.sequence_parallel.ulysses import head_shares, laid_end_to_end
 from sps_runtime.distributed.communicator import Pending
-from sps_runtime.ops.merge_state import merge_state
 
 QUERIES, OUTPUTS = 1, 2
 """Kinds of messages beside `parcels.PAGES`, numbered by block."""
@@ -73,7 +71,7 @@ class FlyingUlysses:
         self._send_queries(block, layer, q_THD, split, queries)
         flight.go_on(block, layer)
         flight.wait(block, layer, [coming])
-        partial = self._partial(block, layer, courier, queries, share, scale, window)
+        partial = courier.attend(block, layer, queries, share, scale)
         out_THD = self._swap_back(block, layer, partial.o.to(q_THD.dtype))
         courier.leave(layer)
         self._leave(layer)
@@ -124,27 +122,6 @@ class FlyingUlysses:
         me = self._flight.step.me
         others = [part if member != me else None for member, part in enumerate(parts)]
         self._flight.send(block, kind, layer, block, others)
-
-    def _partial(
-        self,
-        block: int,
-        layer: int,
-        courier: Courier,
-        q_THD: Tensor,
-        share: HeadShare,
-        scale: float,
-        window: int | None,
-    ) -> Partial:
-        flight, parcels = self._flight, courier.parcels
-        backend = flight.context.backend
-        flight.read_in_place((layer, block), layer, parcels.members[block])
-        pool = flight.context.pages(layer)
-        partial = share_partial(backend, q_THD, parcels.here[block], pool, share, 0, scale, window)
-        if not parcels.there[block]:
-            return partial
-        staged, runs = courier.arrived(block, layer), parcels.there[block]
-        other = share_partial(backend, q_THD, runs, staged, share, share.kv[0], scale, window)
-        return Partial(*merge_state(partial.o, partial.lse, other.o, other.lse))
 
     def _leave(self, layer: int) -> None:
         state = self._layers[layer]

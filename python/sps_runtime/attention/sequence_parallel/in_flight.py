@@ -20,10 +20,11 @@ import numpy as np
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.page_reads import Mask, needed
 from sps_runtime.attention.sequence_parallel.baton import Baton
 from sps_runtime.attention.sequence_parallel.cut import cut
 from sps_runtime.attention.sequence_parallel.step import StepState
-from sps_runtime.attention.shard_layout import Ints, ShardLayout
+from sps_runtime.attention.shard_layout import Ints, Runs, ShardLayout
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.registry import resolve
 from sps_runtime.types.plan import StepPlan
@@ -111,7 +112,7 @@ class Flight:
         layout: of the whole step.
 
     Attributes:
-        layouts: of each block.
+        layouts, steps: of each block.
         step: the whole step.
         rows: (begin, end) of each block's rows among the step's on this rank.
         blocks: those that fly on this rank.
@@ -128,6 +129,7 @@ class Flight:
             for plan in plans
         ]
         self.step = StepState(layout, context)
+        self.steps = [StepState(of_block, context) for of_block in self.layouts]
         mine = [layout.rows[self.step.me] for layout in self.layouts]
         ends = np.cumsum(mine).tolist()
         self.rows = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -147,9 +149,16 @@ class Flight:
             found[plan.sequences[0].start // size :] = 1 + block
         return found
 
+    def sees(self, block: int, runs: Runs, window: int | None) -> Mask:
+        """Pages of the step's table that runs of a block may see."""
+        found = np.zeros(len(self.layout.pages.ids), dtype=np.bool_)
+        mask = needed(self.layouts[block], runs, window)
+        found[: len(mask)] = mask
+        return found
+
     def attention(self, block: int) -> BlockAttention:
         """The `layers.step.SequenceAttention` of one block."""
-        return BlockAttention(self, block, StepState(self.layouts[block], self.context))
+        return BlockAttention(self, block, self.steps[block])
 
     def enter(self, block: int, layer: int) -> None:
         """Wait for blocks that are too far behind."""

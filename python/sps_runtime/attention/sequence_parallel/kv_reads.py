@@ -114,15 +114,11 @@ class KVReads:
         self.in_place = self._runs(readers[me], np.flatnonzero(readable), window)
         mine = owners == step.context.mesh.sp_rank
         self._remote_tokens = int(layout.pages.tokens[need & readable & ~mine].sum())
-        self._waits = tuple(
-            member
-            for member, sp_rank in enumerate(layout.group)
-            if member != me and (need & readable & (owners == sp_rank)).any()
-        )
+        self._waits = step.neighbours(need)
         self._incoming: Staging | None = None
         self._outgoing: list[Shipment] = []
         self.staged: list[QueryRun] = []
-        if not all(step.same_host(me, member) for member in range(step.size)):
+        if step.crosses_hosts:
             self._plan_transfer(readers, window)
         elif (need & ~readable).any():
             raise ValueError(f"epoch {layout.epoch} reads pages that this rank cannot reach")

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from sps_runtime.attention.backend import PagePool, QueryRun
-from sps_runtime.attention.page_reads import Mask, cut_pieces, needed, query_runs
+from sps_runtime.attention.backend import PagePool, Partial, QueryRun
+from sps_runtime.attention.page_reads import cut_pieces, query_runs
 from sps_runtime.attention.sequence_parallel.in_flight import LEAD, OLD, Flight
+from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, share_partial
 from sps_runtime.attention.shard_layout import Ints, Runs
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.kvstore.transfer import Shipment, Staging
+from sps_runtime.ops.merge_state import merge_state
 
 PAGES = 0
 """The kind of their messages."""
@@ -45,7 +47,7 @@ class Parcels:
     here: list[list[QueryRun]]
     there: list[list[QueryRun]]
     awaits: list[list[int]]
-    members: list[list[int]]
+    members: list[tuple[int, ...]]
 
 
 @dataclass
@@ -87,7 +89,23 @@ class Courier:
         if self.flight.rows[block][0] < self.flight.rows[block][1]:
             self._send(block, layer, 1 + block)
 
-    def arrived(self, block: int, layer: int) -> PagePool:
+    def attend(
+        self, block: int, layer: int, q_THD: Tensor, share: HeadShare, scale: float
+    ) -> Partial:
+        """A block's queries, of a share's heads, over the pages that are here, then over those that
+        came."""
+        flight, parcels, window = self.flight, self.parcels, self.window
+        backend = flight.context.backend
+        flight.read_in_place((layer, block), layer, parcels.members[block])
+        pool = flight.context.pages(layer)
+        partial = share_partial(backend, q_THD, parcels.here[block], pool, share, 0, scale, window)
+        if not parcels.there[block]:
+            return partial
+        staged, runs = self._arrived(block, layer), parcels.there[block]
+        other = share_partial(backend, q_THD, runs, staged, share, share.kv[0], scale, window)
+        return Partial(*merge_state(partial.o, partial.lse, other.o, other.lse))
+
+    def _arrived(self, block: int, layer: int) -> PagePool:
         """The staged pages of a layer, once those that a block reads have come."""
         arrivals, size = self._arrivals[layer], self.flight.step.size
         staging = self.parcels.staging
@@ -149,7 +167,7 @@ def plan_parcels(flight: Flight, readers: Readers, window: int | None) -> Parcel
     """
     step, layout = flight.step, flight.layout
     size, me, owners = step.size, step.me, layout.pages.owners
-    need = [[_need(flight, block, runs, window) for runs in of_block]
+    need = [[flight.sees(block, runs, window) for runs in of_block]
             for block, of_block in enumerate(readers)]  # fmt: skip
     union = [np.logical_or.reduce([masks[reader] for masks in need]) for reader in range(size)]
     parcel_of, readable = flight.parcels(), step.readable()
@@ -175,19 +193,11 @@ def plan_parcels(flight: Flight, readers: Readers, window: int | None) -> Parcel
         here.append(_runs(flight, block, runs, index, window))
         there.append(_runs(flight, block, runs, far, window, place[far]))
         awaits.append(np.unique(parcel_of[far]).tolist())
-        ranks = np.unique(owners[index])
-        members.append([m for m, rank in enumerate(layout.group) if m != me and rank in ranks])
+        members.append(step.neighbours(masks[me]))
     sent = [
         [step.shipment(shipped(parcel, me, reader)) for reader in range(size)] for parcel in parcels
     ]
     return Parcels(staging, sent, here, there, awaits, members)
-
-
-def _need(flight: Flight, block: int, runs: Runs, window: int | None) -> Mask:
-    found = np.zeros(len(flight.layout.pages.ids), dtype=bool)
-    mask = needed(flight.layouts[block], runs, window)
-    found[: len(mask)] = mask
-    return found
 
 
 def _runs(

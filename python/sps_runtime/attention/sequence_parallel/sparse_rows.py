@@ -62,12 +62,13 @@ class SparseRows:
         self._kv_heads = context.store.shape.kv_heads
         self._group = q_THD.shape[1] // self._kv_heads
         self._first_row = first_row
-        self._chosen: Chosen | None = None
+        self._choice: tuple[Chosen, Mask] | None = None
 
     def choose(self) -> Mask:
         """Choose, and say which pages that needs, for each KV head."""
-        self._chosen = self._choose(self._blocks.queries, self._blocks.settings)
-        return self._wanted(self._chosen)
+        chosen = self._choose(self._blocks.queries, self._blocks.settings)
+        self._choice = chosen, self._wanted(chosen)
+        return self._choice[1]
 
     def read(self, pool: PagePool) -> None:
         """Attend to pages where they lie now."""
@@ -76,12 +77,14 @@ class SparseRows:
     def partials(self) -> list[Partial]:
         """What the rows read, and what stands for the rest; (0, -inf) for all other rows."""
         blocks, settings = self._blocks, self._blocks.settings
-        chosen = self._chosen or self._choose(blocks.queries, settings)
-        wanted = self._wanted(chosen)
+        if self._choice is None:
+            self.choose()
+        assert self._choice is not None
+        chosen, wanted = self._choice
         kept = self._attend(page_lists(chosen, blocks.rows == len(self._q_THD)))
         if settings.max_tau < 1:
             chosen, audited = self._hold(chosen, kept)
-            wanted |= self._wanted(chosen)
+            wanted = wanted | self._wanted(chosen)
         else:
             audited = np.zeros_like(wanted)
             self._measure.keep(self._layer, blocks, self._q_THD, kept.lse, self._first_row)

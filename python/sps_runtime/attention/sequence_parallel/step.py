@@ -41,6 +41,22 @@ class StepState:
         hosts, group = self.context.hosts, self.layout.group
         return hosts[group[a]] == hosts[group[b]]
 
+    @property
+    def crosses_hosts(self) -> bool:
+        """Whether members lie on several hosts."""
+        return not all(self.same_host(self.me, member) for member in range(self.size))
+
+    def neighbours(self, need: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+        """The other members on this host that own some of the pages `need` of the table: those
+        whose new KV is read in place."""
+        owners = self.layout.pages.owners
+        return tuple(
+            member
+            for member, sp_rank in enumerate(self.layout.group)
+            if member != self.me and self.same_host(self.me, member)
+            if (need & (owners == sp_rank)).any()
+        )
+
     def readable(self) -> npt.NDArray[np.bool_]:
         """Which pages of the layout's table this rank can read in place."""
         return np.asarray(self.context.store.readable)[self.layout.pages.owners]

@@ -49,7 +49,7 @@ class StridedKeys:
         self._kept = {(o, p): layout.keys(o, p) for o in sources for p in phases}
         self._sources = sources
         self._remote = [m for m in layout.members if not step.same_host(step.me, m)]
-        self._networked = not all(step.same_host(0, m) for m in range(step.size))
+        self._networked = step.crosses_hosts
         near = [m for m in layout.members if m not in self._remote and m != step.me]
         mine = segments[step.me]
         self._waits = tuple(m for m in near if any(len(self._kept[m, s.phase]) for s in mine))
