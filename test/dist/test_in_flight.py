@@ -25,7 +25,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def engine_between_hosts(kind: str, sp: int, page_size: int, pipeline: bool) -> ThreadEngine:
+def engine_between_hosts(
+    kind: str, sp: int, page_size: int, pipeline: bool, per_host: int = 1
+) -> ThreadEngine:
     model = exact_model(kind)
     return ThreadEngine(
         model.config,
@@ -33,7 +35,7 @@ def engine_between_hosts(kind: str, sp: int, page_size: int, pipeline: bool) -> 
         sp=sp,
         page_size=page_size,
         pages_per_rank=TIGHT_PAGES[page_size],
-        hosts=tuple(range(sp)),
+        hosts=tuple(rank // per_host for rank in range(sp)),
         pipeline=pipeline,
     )
 
@@ -50,24 +52,26 @@ def run_alone(engine: ThreadEngine, planner: Planner, requests: list[Request]) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "sp", "dealing", "page_size", "strategy"),
+    ("kind", "sp", "dealing", "page_size", "strategy", "per_host"),
     [
-        ("llama", 2, "zigzag", 16, "pass_kv"),
-        ("qwen3", 2, "contiguous", 64, "pass_kv"),
-        ("window", 2, "random", 16, "pass_kv"),
-        ("window", 3, "zigzag", 64, "pass_kv"),
-        ("llama", 4, "contiguous", 16, "pass_kv"),
-        ("qwen3", 4, "zigzag", 16, "ulysses"),
-        ("llama", 2, "zigzag", 64, "ulysses"),
-        ("window", 3, "random", 16, "ulysses"),
+        ("llama", 2, "zigzag", 16, "pass_kv", 1),
+        ("qwen3", 2, "contiguous", 64, "pass_kv", 1),
+        ("window", 2, "random", 16, "pass_kv", 1),
+        ("window", 3, "zigzag", 64, "pass_kv", 1),
+        ("llama", 4, "contiguous", 16, "pass_kv", 1),
+        ("qwen3", 4, "zigzag", 16, "ulysses", 1),
+        ("llama", 2, "zigzag", 64, "ulysses", 1),
+        ("window", 3, "random", 16, "ulysses", 1),
+        ("llama", 4, "zigzag", 16, "pass_kv", 2),
+        ("window", 4, "random", 16, "ulysses", 2),
     ],
 )
 def test_the_same_tokens_and_bytes(
-    kind: str, sp: int, dealing: str, page_size: int, strategy: str
+    kind: str, sp: int, dealing: str, page_size: int, strategy: str, per_host: int
 ) -> None:
     sent = {}
     for pipeline in (False, True):
-        engine = engine_between_hosts(kind, sp, page_size, pipeline)
+        engine = engine_between_hosts(kind, sp, page_size, pipeline, per_host)
         pages = TIGHT_PAGES[page_size]
         shape = Shape(
             sp, page_size, pages, dealing=dealing, strategy=strategy, decode="sharded", overlap=False

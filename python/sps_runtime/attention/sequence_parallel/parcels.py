@@ -40,6 +40,7 @@ class Parcels:
         there: per block, runs over staged pages.
         awaits: per block, the parcels that `there` reads.
         members: per block, those whose pages are read in place.
+        near_tokens: of other ranks' pages that are read in place, each once.
     """
 
     staging: Staging
@@ -48,6 +49,7 @@ class Parcels:
     there: list[list[QueryRun]]
     awaits: list[list[int]]
     members: list[tuple[int, ...]]
+    near_tokens: int
 
 
 @dataclass
@@ -122,11 +124,16 @@ class Courier:
         return PagePool([k], [v], staging.slots)
 
     def leave(self, layer: int) -> None:
-        """A block is done with a layer; the last one takes its staged pages away."""
+        """A block is done with a layer; the last one takes its staged pages away, and counts what
+        all of them read in place."""
         arrivals = self._arrivals[layer]
         arrivals.done += 1
         if arrivals.done == len(self.flight.blocks):
             del self._arrivals[layer]
+            context, (begin, end) = self.flight.context, self.kv_heads[self.flight.step.me]
+            shape = context.store.shape
+            near = self.parcels.near_tokens * shape.token_bytes * (end - begin)
+            context.traffic.attention_bytes += near // shape.kv_heads
 
     def _alike(self, layer: int, ahead: int) -> list[int]:
         """A layer, and those of the next `ahead` that have the same window."""
@@ -197,7 +204,9 @@ def plan_parcels(flight: Flight, readers: Readers, window: int | None) -> Parcel
     sent = [
         [step.shipment(shipped(parcel, me, reader)) for reader in range(size)] for parcel in parcels
     ]
-    return Parcels(staging, sent, here, there, awaits, members)
+    near = union[me] & readable & (owners != step.context.mesh.sp_rank)
+    tokens = int(layout.pages.tokens[near].sum())
+    return Parcels(staging, sent, here, there, awaits, members, tokens)
 
 
 def _runs(
