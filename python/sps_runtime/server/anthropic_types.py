@@ -9,7 +9,7 @@ import msgspec
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
 from sps_runtime.server.grammars import Grammar, given
-from sps_runtime.server.tools import Choice, Function, NamedFunction, NamedTool, Tool
+from sps_runtime.server.tools import Choice, Function, NamedFunction, NamedTool, Tool, as_tools
 from sps_runtime.types.errors import InvalidRequest
 
 
@@ -99,25 +99,19 @@ class CountBody(msgspec.Struct, kw_only=True):
         Raises:
             InvalidRequest: for tools that only Anthropic's servers have.
         """
-        for index, tool in enumerate(self.tools or ()):
-            if tool.type not in (None, "custom"):
-                field = f"tools[{index}].type"
-                raise InvalidRequest(
-                    f"{field}: only tools of one's own are supported",
-                    field=field,
-                    code="unsupported_option",
-                )
-        return [
-            Tool(
-                function=Function(
+        told = [
+            (
+                tool.type,
+                Function(
                     name=tool.name,
                     description=tool.description,
                     parameters=tool.input_schema,
                     strict=tool.strict,
-                )
+                ),
             )
             for tool in self.tools or ()
         ]
+        return as_tools(told, (None, "custom"), "only tools of one's own are supported")
 
     def openai_choice(self) -> Choice | NamedTool | None:
         """The choice in the words of the other routes."""

@@ -9,7 +9,7 @@ import msgspec
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
 from sps_runtime.server.grammars import Grammar, given
-from sps_runtime.server.tools import Choice, Function, NamedFunction, NamedTool, Tool
+from sps_runtime.server.tools import Choice, Function, NamedFunction, NamedTool, Tool, as_tools
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.grammar import ANY_JSON_OBJECT
 
@@ -110,25 +110,19 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
         Raises:
             InvalidRequest: for tools that only OpenAI's servers have.
         """
-        for index, tool in enumerate(self.tools or ()):
-            if tool.type != "function":
-                field = f"tools[{index}].type"
-                raise InvalidRequest(
-                    f"{field}: only functions are supported",
-                    field=field,
-                    code="unsupported_option",
-                )
-        return [
-            Tool(
-                function=Function(
+        told = [
+            (
+                tool.type,
+                Function(
                     name=tool.name,
                     description=tool.description,
                     parameters=tool.parameters,
                     strict=tool.strict,
-                )
+                ),
             )
             for tool in self.tools or ()
         ]
+        return as_tools(told, ("function",), "only functions are supported")
 
     def openai_choice(self) -> Choice | NamedTool | None:
         """The choice in the words of the other routes."""

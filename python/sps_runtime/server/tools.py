@@ -38,6 +38,21 @@ class Tool(msgspec.Struct, kw_only=True):
     type: Literal["function"] = "function"
 
 
+def as_tools(
+    told: Sequence[tuple[str | None, Function]], kinds: Sequence[str | None], only: str
+) -> list[Tool]:
+    """Functions of another API's ``tools``, each with the type that it says there.
+
+    Raises:
+        InvalidRequest: for a type that is none of `kinds`; `only` says what is supported.
+    """
+    for index, (kind, _) in enumerate(told):
+        if kind not in kinds:
+            field = f"tools[{index}].type"
+            raise InvalidRequest(f"{field}: {only}", field=field, code="unsupported_option")
+    return [Tool(function=function) for _, function in told]
+
+
 class NamedFunction(msgspec.Struct):
     name: str
 
