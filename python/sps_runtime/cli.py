@@ -1,4 +1,4 @@
-"""``sps serve | doctor | version``."""
+"""``sps serve | chat | doctor | version``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def _serve(arguments: Sequence[str]) -> int:
     from sps_runtime.launch.serve import main as serve
 
     return serve(arguments, "sps serve")
+
+
+def _chat(arguments: Sequence[str]) -> int:
+    from sps_runtime.chat.main import main as chat
+
+    return chat(arguments)
 
 
 def _doctor(arguments: Sequence[str]) -> int:
@@ -33,6 +39,7 @@ def _version(arguments: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, tuple[Run, str]] = {
     "serve": (_serve, "serve a model over HTTP; `sps serve --help` lists the flags"),
+    "chat": (_chat, "ask a server of long documents; `sps chat --help` lists the flags"),
     "doctor": (_doctor, "say what this machine has, and what each missing piece costs"),
     "version": (_version, "print the version"),
 }

@@ -1,0 +1,1 @@
+"""``sps chat``: ask a server of long documents from a terminal."""
