@@ -213,6 +213,10 @@ class Server:
         }
         if attention is not None:
             body["attention"] = attention
+        return self.ask(body, timeout)
+
+    def ask(self, body: dict[str, Any], timeout: float = 600) -> Stream:
+        """Send one streamed request of SGLang's API, and time every token."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         encoded = json.dumps(body)
         start = time.perf_counter()

@@ -207,6 +207,7 @@ def test_metrics_have_sglangs_names(http: httpx.Client) -> None:
         "sglang:e2e_request_latency_seconds_bucket",
         "sglang:num_running_reqs",
         "sps:event_loop_lag_seconds",
+        "sps:event_loop_delay_seconds_bucket",
     ):
         assert name in text, name
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 from sps_runtime.frontend.observer import RequestSummary
 from sps_runtime.telemetry.metrics import EngineMetrics, RequestMetrics, render
@@ -14,7 +14,8 @@ from sps_runtime.types.messages import EngineState
 
 logger = logging.getLogger("sps_runtime.requests")
 
-LAG_INTERVAL_S = 0.1
+LAG_INTERVAL_S = 0.05
+LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
 class Metrics:
@@ -35,6 +36,13 @@ class Metrics:
             "sps:event_loop_lag_seconds",
             "how late the event loop was lately, at worst",
             ("model_name",),
+            registry=self._registry,
+        ).labels(model_name)
+        self._lags = Histogram(
+            "sps:event_loop_delay_seconds",
+            "how late timers of the event loop were",
+            ("model_name",),
+            buckets=LAG_BUCKETS_S,
             registry=self._registry,
         ).labels(model_name)
         self._worst_lag_s = 0.0
@@ -90,3 +98,4 @@ class Metrics:
             await asyncio.sleep(LAG_INTERVAL_S)
             lag_s = time.monotonic() - started - LAG_INTERVAL_S
             self._worst_lag_s = max(self._worst_lag_s, lag_s)
+            self._lags.observe(max(lag_s, 0.0))
