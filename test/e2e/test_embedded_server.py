@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from test.kit.echo_engine import alive, eventually
 from test.kit.echo_http import EchoHttp, Stream
@@ -37,6 +38,22 @@ def test_a_long_prompt_is_answered_and_cached(server: EchoHttp) -> None:
     assert cold["output_ids"] and cold["output_ids"] == warm["output_ids"]
     assert cold["meta_info"]["cached_tokens"] == 0
     assert warm["meta_info"]["cached_tokens"] > 500
+
+
+def test_vectors_do_not_depend_on_the_cache_and_run_beside_streams(server: EchoHttp) -> None:
+    """Two ranks; the same text cold and warm, and another one."""
+    stream = Stream(server, 400)
+    assert stream.started.wait(30)
+    texts = ["A document of its own. " * 90, "A document of its own. " * 90, DOCUMENT]
+    found = [
+        httpx.post(f"{server.url}/v1/embeddings", json={"input": text}, timeout=60).json()
+        for text in texts
+    ]
+    cold, warm, other = (np.array(answer["data"][0]["embedding"]) for answer in found)
+    assert cold @ cold == pytest.approx(1, abs=1e-5)
+    assert cold @ warm > 0.999 > cold @ other + 1e-4
+    stream.join(60)
+    assert stream.outcome == "finished"
 
 
 def listening_ports(pids: list[int]) -> set[int]:

@@ -13,7 +13,7 @@ from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
 from sps_runtime.grammar.matchers import Matchers
 from sps_runtime.runner.echo import ECHO_DENSITY, EchoMemory, EchoWorld
-from sps_runtime.runner.echo_answers import echo_generate, echo_prompt_logprobs
+from sps_runtime.runner.echo_answers import echo_generate, echo_hidden, echo_prompt_logprobs
 from sps_runtime.scheduler.policies.sps import Sps
 from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
@@ -154,6 +154,7 @@ class EchoServer:
         tenant: str = "",
         logprobs: LogprobParams | None = None,
         attention: AttentionSpec = EXACT,
+        hidden_state: bool = False,
         **sampling: object,
     ) -> str:
         """Add a request; its rid."""
@@ -165,6 +166,7 @@ class EchoServer:
             tenant=tenant,
             attention=attention,
             logprobs=logprobs,
+            hidden_state=hidden_state,
         )
         self.requests[rid] = request
         self.tokens[rid] = []
@@ -242,6 +244,7 @@ class EchoServer:
     def compare(self, rid: str) -> None:
         """The answer is what echo_generate says, or the beginning of it if it was aborted."""
         self._compare_report(rid)
+        self._compare_hidden_state(rid)
         finish, tokens, expected = self.finals[rid].finish, self.tokens[rid], self.expected(rid)
         assert finish is not None
         self._compare_logprobs(rid)
@@ -251,6 +254,13 @@ class EchoServer:
         assert tokens == expected, f"{rid}: {tokens} != {expected}"
         stopped = bool(expected) and expected[-1] == finish.matched
         assert finish.kind == ("stop" if stopped else "length")
+
+    def _compare_hidden_state(self, rid: str) -> None:
+        """With the last message, and only for who asked for it."""
+        request, finish = self.requests[rid], self.finals[rid].finish
+        asked = request.hidden_state and finish is not None and finish.kind != "abort"
+        right = echo_hidden(unpack_ids(request.tokens)) if asked else b""
+        assert self.finals[rid].hidden_state == right
 
     def _compare_report(self, rid: str) -> None:
         """The last message of a request that asked for csa says what every echo rank counted."""

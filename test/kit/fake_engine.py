@@ -7,6 +7,7 @@ first token, over and over; so whoever asked can tell whether the answer is his.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,12 @@ def echo(request: GenerateRequest) -> list[int]:
     prompt = list(unpack_ids(request.tokens))
     count = request.sampling.max_new_tokens
     return (prompt * (count // len(prompt) + 1))[:count]
+
+
+def hidden_state(request: GenerateRequest) -> bytes:
+    """Four numbers that tell a prompt from others: its length, first and last id, and one."""
+    prompt = unpack_ids(request.tokens)
+    return array("f", [len(prompt), prompt[0], prompt[-1], 1.0]).tobytes()
 
 
 @dataclass
@@ -151,6 +158,7 @@ class FakeEngine:
             prompt_logprobs=self._prompt_logprobs(run.request) if first else (),
             prompt_tokens=len(run.request.tokens) // 4,
             cached_tokens=0,
+            hidden_state=hidden_state(run.request) if finish and run.request.hidden_state else b"",
         )
 
     def _judge(self, request: GenerateRequest, token: int) -> TokenLogprobs:

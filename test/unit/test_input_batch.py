@@ -38,14 +38,16 @@ def random_plan(rng: random.Random, group: tuple[int, ...], placement: str) -> S
                 sample=SAMPLE if rng.random() < 0.6 else None,
                 prompt_logprobs_from=rng.choice([-1, 0, 1, start + 2]),
                 next_token=rng.choice([-1, 499]),
+                hidden_state=rng.random() < 0.3,
             )
         )
     return StepPlan(9, group, tuple(sequences), placement=placement)  # type: ignore[arg-type]
 
 
-def expected(plan: StepPlan, member: int) -> tuple[list, list, list]:
-    """(token, position), sampled (row, sequence), judged (row, sequence, position, target)."""
-    rows, sampled, judged = [], [], []
+def expected(plan: StepPlan, member: int) -> tuple[list, list, list, list]:
+    """(token, position), sampled (row, sequence), judged (row, sequence, position, target),
+    reported (row, sequence)."""
+    rows, sampled, judged, reported = [], [], [], []
     for index, s in enumerate(plan.sequences):
         tokens = list(unpack_ids(s.tokens))
         known = len(tokens)
@@ -59,12 +61,14 @@ def expected(plan: StepPlan, member: int) -> tuple[list, list, list]:
                 continue
             if offset == s.count - 1 and s.sample is not None:
                 sampled.append((len(rows), index))
+            if offset == s.count - 1 and s.hidden_state:
+                reported.append((len(rows), index))
             target = s.next_token if offset == s.count - 1 else tokens[offset + 1]
             is_prompt = target >= 0 and (offset == s.count - 1 or offset + 1 < known)
             if s.prompt_logprobs_from >= 0 and position + 1 >= s.prompt_logprobs_from and is_prompt:
                 judged.append((len(rows), index, position + 1, target))
             rows.append((tokens[offset], position))
-    return rows, sampled, judged
+    return rows, sampled, judged, reported
 
 
 def build(plan: StepPlan, member: int, board: TokenBoard) -> InputBatch:
@@ -80,7 +84,7 @@ def test_every_rank_takes_its_rows(placement: str, group: tuple[int, ...]) -> No
     for seed in range(60):
         plan = random_plan(random.Random(seed), group, placement)
         parts = [expected(plan, member) for member in range(len(group))]
-        for member, (rows, sampled, judged) in enumerate(parts):
+        for member, (rows, sampled, judged, reported) in enumerate(parts):
             batch = build(plan, member, board)
             got = zip(batch.tokens_T.tolist(), batch.positions_T.tolist(), strict=True)
             assert list(got) == rows, f"seed {seed}"
@@ -88,6 +92,8 @@ def test_every_rank_takes_its_rows(placement: str, group: tuple[int, ...]) -> No
             got = zip(batch.sampled.rows.tolist(), batch.sampled.sequences, strict=True)
             assert list(got) == sampled, f"seed {seed}"
             assert batch.sampled.per_member == tuple(len(part[1]) for part in parts)
+            got = zip(batch.reported.rows.tolist(), batch.reported.sequences, strict=True)
+            assert list(got) == reported, f"seed {seed}"
             j = batch.judged
             got = zip(j.rows.tolist(), j.sequences, j.positions, j.targets, strict=True)
             assert list(got) == judged, f"seed {seed}"

@@ -65,6 +65,29 @@ def test_prefill_only() -> None:
     assert all(sequence.sample is None for plan in server.plans for sequence in plan.sequences)
 
 
+def test_hidden_states_do_not_depend_on_chunks_or_cache() -> None:
+    server = EchoServer(sp=2, tp=2, pages=64, chunked_prefill_size=4)
+    writer = server.add(range(4, 40), 30, ignore_eos=True)
+    for length in (1, 4, 26, 26, 31):
+        rid = server.add(range(4, 4 + length), 0, hidden_state=True)
+        while rid not in server.finals:
+            server.turn()
+    assert server.finals[rid].cached_tokens >= 24
+    assert writer in server.finals or server.tokens[writer], "others go on meanwhile"
+    server.run()
+    marked = [s for plan in server.plans for s in plan.sequences if s.hidden_state]
+    assert len(marked) == 5 and all(s.sample is None for s in marked)
+
+
+def test_a_hidden_state_that_no_rank_reports_is_an_error() -> None:
+    server = EchoServer(sp=1)
+    rid = server.add([4, 5], 0, hidden_state=True)
+    (plan,) = server.scheduler.next_plans()
+    with pytest.raises(EngineDead, match="hidden state"):
+        server.scheduler.on_result(StepResult(plan.epoch, 0))
+    assert rid not in server.finals
+
+
 @pytest.mark.parametrize("n", [0, 3])
 @pytest.mark.parametrize("start", [0, 1, 9, 25])
 def test_prompt_logprobs_do_not_depend_on_chunks_or_cache(n: int, start: int) -> None:

@@ -47,6 +47,8 @@ def random_traffic(server: EchoServer, chance: random.Random) -> None:
         shared = base[: chance.randrange(min(40, capacity) // 2 + 1)]
         own = [chance.randrange(server.vocab) for _ in range(chance.randrange(1, 5))]
         n = chance.randrange(12)
+        hidden_state = chance.random() < 0.15
+        n = 0 if hidden_state else n
         server.add(
             (shared + own)[: capacity - n] or [1],
             n,
@@ -54,6 +56,7 @@ def random_traffic(server: EchoServer, chance: random.Random) -> None:
             min_new_tokens=chance.choice([0, 0, 2]) if n > 2 else 0,
             presence_penalty=chance.choice([0.0, 0.0, 1.0]),
             grammar=chance.choice(["", "", "2", "7"]),
+            hidden_state=hidden_state,
         )
         for _ in range(chance.randrange(6)):
             server.turn()

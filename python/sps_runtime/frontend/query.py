@@ -103,6 +103,7 @@ class Query:
         label: the client's own id of it, "" for none. Never used as an identity in the engine.
         names: how the client calls the gate's fields, for error messages.
         grammar: what the answer must follow; the client calls it ``names["grammar"]``.
+        hidden_state: generate nothing, answer with the hidden state of the prompt's last token.
     """
 
     prompt: Prompt
@@ -116,3 +117,4 @@ class Query:
     label: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     grammar: GrammarSpec | None = None
+    hidden_state: bool = False

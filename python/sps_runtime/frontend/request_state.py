@@ -76,6 +76,7 @@ class RequestState:
         prefilled: prompt tokens computed so far, as far as the engine tells.
         prompt_logprobs: of positions from the wanted start, once known.
         attention: what became of its wish for sparse attention, once known.
+        hidden_state: of the prompt's last token, once known where it is wanted: fp32 bytes.
         finish: set when it has ended.
     """
 
@@ -101,6 +102,7 @@ class RequestState:
         self.attention: AttentionReport | None = None
         self.prefilled = 0
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.hidden_state = b""
         self.finish: Finish | None = None
         self._text = text
         self._keep_stop = keep_stop
@@ -134,6 +136,7 @@ class RequestState:
         self.retractions = max(self.retractions, news.retractions)
         self.prompt_logprobs = news.prompt_logprobs or self.prompt_logprobs
         self.attention = news.attention or self.attention
+        self.hidden_state = news.hidden_state or self.hidden_state
         if news.tokens:
             self.prefilled = self.prompt_tokens
             self._time_tokens(len(news.tokens))

@@ -174,6 +174,7 @@ class Gate:
                 tenant=query.tenant,
                 attention=attention,
                 logprobs=logprobs,
+                hidden_state=query.hidden_state,
             )
             for choice in range(self.choices(query))
         ]
@@ -226,6 +227,8 @@ class Gate:
         return fallback if value is None else value
 
     def _max_new_tokens(self, query: Query, fields: _Fields, prompt_tokens: int) -> int:
+        if query.hidden_state:
+            return 0
         room = self.limits.context_length - prompt_tokens
         told = query.options.max_new_tokens
         if told is None:

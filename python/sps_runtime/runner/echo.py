@@ -19,6 +19,7 @@ from sps_runtime.grammar.protocol import Allowed, GrammarError
 from sps_runtime.runner.echo_answers import (
     Ints,
     Words,
+    made_up_hidden,
     made_up_logprobs,
     pick,
     prefix_states,
@@ -26,6 +27,7 @@ from sps_runtime.runner.echo_answers import (
 from sps_runtime.sparse.audit import RECORD
 from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
+    HiddenState,
     PromptLogprobs,
     SampledToken,
     SamplePlan,
@@ -134,7 +136,7 @@ class EchoRank:
         reads_all = any(self._reads_all(sequence) for sequence in plan.sequences)
         if reads_all and not self._group_has_written(plan):
             return None
-        sampled, judged = [], []
+        sampled, judged, hidden = [], [], []
         for sequence in plan.sequences:
             self._verify_own(sequence)
             if self._reads_all(sequence):
@@ -142,14 +144,22 @@ class EchoRank:
                 judged.extend(self._judge(sequence, states))
                 if sequence.sample is not None and self._owns_last(sequence):
                     sampled.append(self._sample(plan.epoch, sequence, int(states[-1])))
+                if sequence.hidden_state and self._owns_last(sequence):
+                    hidden.append(HiddenState(sequence.slot, made_up_hidden(int(states[-1]))))
         if self._tp_rank:
-            sampled = []
+            sampled, hidden = [], []
         tokens = sum(len(self._own_positions(sequence)) for sequence in plan.sequences)
         counters = StepCounters(token_layers=tokens)
         sparse = [self._count(s) for s in plan.sequences if s.attention.sparse is not None]
         counted = tuple(part for part in sparse if part.causal_pairs)
         return StepResult(
-            plan.epoch, self.rank, tuple(sampled), tuple(judged), counters, sparse=counted
+            plan.epoch,
+            self.rank,
+            tuple(sampled),
+            tuple(judged),
+            counters,
+            sparse=counted,
+            hidden_states=tuple(hidden),
         )
 
     def _count(self, sequence: SequencePlan) -> SparseCounters:
@@ -228,10 +238,12 @@ class EchoRank:
         return own
 
     def _reads_all(self, sequence: SequencePlan) -> bool:
-        """Whether this rank needs every position: it samples, or judges prompt tokens."""
+        """Whether this rank needs every position: it samples, reports a hidden state, or judges
+        prompt tokens."""
         if sequence.prompt_logprobs_from >= 0:
             return len(self._own_positions(sequence)) > 0
-        return sequence.sample is not None and self._owns_last(sequence)
+        answers = sequence.sample is not None or sequence.hidden_state
+        return answers and self._owns_last(sequence)
 
     def _write(self, sequence: SequencePlan) -> None:
         positions = self._own_positions(sequence)

@@ -61,6 +61,17 @@ def made_up_logprobs(
     return TokenLogprobs(token, one(token), ranked, tuple((i, one(i)) for i in ids))
 
 
+def made_up_hidden(state: int) -> bytes:
+    """Eight numbers in [0, 1), fp32."""
+    words = mix(np.uint64(state) + np.arange(8, dtype=np.uint64))
+    return ((words % np.uint64(1000)).astype("<f4") / np.float32(1000)).tobytes()
+
+
+def echo_hidden(prompt: Sequence[int]) -> bytes:
+    """What a server over echo ranks must report as a prompt's hidden state."""
+    return made_up_hidden(int(prefix_states(entries_of(prompt, 0))[-1]))
+
+
 def echo_generate(
     prompt: Sequence[int],
     n: int,

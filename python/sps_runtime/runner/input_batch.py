@@ -7,6 +7,7 @@ how many such rows *each* member has, because the head may cross ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows that go through the language-model head.
+    """Rows that go through the last norm, and mostly through the language-model head.
 
     Attributes:
         rows: int64 ``[n]`` rows among this rank's tokens.
@@ -72,6 +73,7 @@ class InputBatch:
         sampled: rows to sample from. With replicated tokens every rank has them all, and member 0
             samples.
         judged: rows for prompt logprobs.
+        reported: rows whose hidden state is the answer.
         board_tokens: ids that were read from the board, by index of their sequence in the plan.
     """
 
@@ -79,6 +81,7 @@ class InputBatch:
     positions_T: Tensor
     sampled: RowSet
     judged: JudgedRows
+    reported: RowSet
     board_tokens: dict[int, int]
 
 
@@ -110,12 +113,14 @@ def build_input(
         epochs = np.array([plan.sequences[i].board_epoch for i in sequences])
         tokens_T[missing] = board.read(slots, epochs, timeout_s)
         board_tokens = dict(zip(sequences, tokens_T[missing].tolist(), strict=True))
-    wanted = [i for i, sequence in enumerate(plan.sequences) if sequence.sample is not None]
+    sampled = [i for i, sequence in enumerate(plan.sequences) if sequence.sample is not None]
+    reported = [i for i, sequence in enumerate(plan.sequences) if sequence.hidden_state]
     return InputBatch(
         tokens_T=torch.from_numpy(tokens_T),
         positions_T=torch.from_numpy(layout.positions(member)),
-        sampled=_row_set(last_S[wanted], np.array(wanted, dtype=np.int64), layout, member),
+        sampled=_last_rows(sampled, last_S, layout, member),
         judged=_judged(plan, layout, member, token_P, last_S),
+        reported=_last_rows(reported, last_S, layout, member),
         board_tokens=board_tokens,
     )
 
@@ -149,6 +154,11 @@ def _flat_tokens(plan: StepPlan, layout: ShardLayout) -> tuple[Ints, Ints]:
     known_P[last_S] = [sequence.board_epoch < 0 for sequence in plan.sequences]
     token_P[known_P] = np.frombuffer(b"".join(s.tokens for s in plan.sequences), dtype=np.int32)
     return token_P, last_S
+
+
+def _last_rows(wanted: Sequence[int], last_S: Ints, layout: ShardLayout, member: int) -> RowSet:
+    """The rows of the last tokens of some sequences."""
+    return _row_set(last_S[wanted], np.array(wanted, dtype=np.int64), layout, member)
 
 
 def _row_set(wanted: Ints, sequences: Ints, layout: ShardLayout, member: int) -> RowSet:

@@ -25,6 +25,7 @@ from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.grammar_masks import GrammarMasks, Masks
+from sps_runtime.runner.hidden_states import report_hidden
 from sps_runtime.runner.input_batch import InputBatch, build_input, decode_tokens
 from sps_runtime.runner.micro_batches import fly
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
@@ -35,6 +36,7 @@ from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.telemetry.timeline import NoTimeline, Timeline
 from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
+    HiddenState,
     PromptLogprobs,
     SampledToken,
     StepCounters,
@@ -42,8 +44,17 @@ from sps_runtime.types.plan import (
     StepResult,
 )
 
-Ran = tuple[int, tuple[SampledToken, ...], tuple[PromptLogprobs, ...], tuple[SparseCounters, ...]]
-"""Rows that a rank computed in a step, what it sampled, what it judged, what it left out."""
+
+@dataclass(frozen=True)
+class Ran:
+    """What a rank did in a step: rows computed, what it sampled and judged, hidden states that are
+    answers, what it left out."""
+
+    rows: int
+    sampled: tuple[SampledToken, ...]
+    judged: tuple[PromptLogprobs, ...] = ()
+    hidden_states: tuple[HiddenState, ...] = ()
+    sparse: tuple[SparseCounters, ...] = ()
 
 
 class Model(Protocol):
@@ -55,6 +66,10 @@ class Model(Protocol):
 
     def logits(self, hidden_RD: Tensor, head: LinearPlacement) -> Tensor:
         """``[my rows, hidden]`` -> ``[my rows, vocab]``."""
+        ...
+
+    def norm(self, x: Tensor, /) -> Tensor:
+        """The last norm: ``[rows, hidden]`` -> the same shape."""
         ...
 
 
@@ -131,7 +146,7 @@ class ModelRunner:
         traffic.take()
         with self._timeline.span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
             run = self._run_decode if self._graphs.takes(plan) else self._run
-            rows, sampled, judged, sparse = run(plan)
+            ran = run(plan)
         took = traffic.take()
         exposed = took.exposed_s + self._board.waited_s - waited
         counters = StepCounters(
@@ -140,9 +155,17 @@ class ModelRunner:
             linear_bytes=took.linear_bytes,
             exposed_s=exposed,
             compute_s=max(0.0, time.perf_counter() - began - exposed),
-            token_layers=rows * self._means.store.shape.layers,
+            token_layers=ran.rows * self._means.store.shape.layers,
         )
-        return StepResult(plan.epoch, self._means.mesh.rank, sampled, judged, counters, sparse)
+        return StepResult(
+            plan.epoch,
+            self._means.mesh.rank,
+            ran.sampled,
+            ran.judged,
+            counters,
+            ran.sparse,
+            hidden_states=ran.hidden_states,
+        )
 
     def _run(self, plan: StepPlan) -> Ran:
         span = self._timeline.span
@@ -155,8 +178,9 @@ class ModelRunner:
         with span("sample", "host"):
             sampled = self._sample(step, hidden_TD, masks)
         judged = self._judge(step, hidden_TD)
+        hidden_states = self._report(step, hidden_TD)
         attention = step.flight.strategy if step.flight else step.context.attend
-        return rows, sampled, judged, sparse_counters(attention)
+        return Ran(rows, sampled, judged, hidden_states, sparse_counters(attention))
 
     def _run_decode(self, plan: StepPlan) -> Ran:
         """A step of one new token a sequence: `StepGraphs` has everything ready but its values."""
@@ -175,7 +199,7 @@ class ModelRunner:
                 here = SampledHere(sequences, [token.token for token in found])
                 others: list[Sequence[int]] = [()] * (len(plan.group) - 1)
                 self._publish(plan, links, here, [range(rows), *others])
-        return rows, tuple(found), (), ()
+        return Ran(rows, tuple(found))
 
     def _decode_context(
         self, plan: StepPlan, links: GroupLinks, positions_T: Tensor, attend: DecodeAttention
@@ -277,6 +301,12 @@ class ModelRunner:
         logits = partial(self._logits, step, hidden_TD)
         values = judge_prompt(judged, sequences, self._vocab, logits)
         return as_runs(judged, values, sequences) if self._speaks(step.plan, step.member) else ()
+
+    def _report(self, step: Step, hidden_TD: Tensor) -> tuple[HiddenState, ...]:
+        rows = step.batch.reported
+        if not len(rows.rows) or not self._speaks(step.plan, step.member):
+            return ()
+        return report_hidden(rows, step.plan.sequences, self._model.norm(hidden_TD[rows.rows]))
 
 
 def replay(runner: ModelRunner, plans: Iterable[StepPlan]) -> Iterator[StepResult]:

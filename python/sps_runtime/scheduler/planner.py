@@ -142,6 +142,7 @@ class Planner:
             prompt_top=wants.top if wants is not None and judged >= 0 else 0,
             prompt_ids=wants.token_ids if wants is not None and judged >= 0 else (),
             summaries_from=self._summaries_from(run, mask) if run.sparse_now else 0,
+            hidden_state=sequence.request.hidden_state and end >= run.target,
         )
 
     def summarise(self, run: Run, end: int, mask: int) -> None:

@@ -46,8 +46,14 @@ def prefill_only(run: Run) -> TokensOut | None:
     """The one message of a request for no tokens, once its whole prompt is written."""
     if run.sequence.max_new or run.acked < run.target:
         return None
-    logprobs = _prompt_logprobs(run)
-    return _news(run.sequence, finish=StopReason("length"), prompt_logprobs=logprobs)
+    if run.sequence.request.hidden_state and not run.hidden_state:
+        raise EngineDead("no rank reported a hidden state")
+    return _news(
+        run.sequence,
+        finish=StopReason("length"),
+        prompt_logprobs=_prompt_logprobs(run),
+        hidden_state=run.hidden_state,
+    )
 
 
 def _take(run: Run, flight: Flight, sampled: SampledToken) -> TokensOut:
@@ -133,6 +139,7 @@ def _news(
     logprobs: tuple[TokenLogprobs, ...] = (),
     prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     report: AttentionReport | None = None,
+    hidden_state: bytes = b"",
 ) -> TokensOut:
     if finish is not None and sequence.sparsity is not None:
         report = sequence.sparsity.report()
@@ -146,4 +153,5 @@ def _news(
         cached_tokens=sequence.cached,
         retractions=sequence.retractions,
         attention=report,
+        hidden_state=hidden_state,
     )

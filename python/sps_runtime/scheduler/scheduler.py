@@ -192,6 +192,8 @@ class Scheduler:
             flights[sampled.slot][1].token = sampled
         for piece in result.prompt_logprobs:
             flights[piece.slot][0].prompt_pieces.append(piece)
+        for hidden in result.hidden_states:
+            flights[hidden.slot][0].hidden_state = hidden.values
         self._figures.add_counters(result.counters)
         for counted in result.sparse:
             take_counters(flights[counted.slot][0], flights[counted.slot][1], counted)

@@ -149,6 +149,7 @@ class Run:
         summarised: under csa, rank -> the summaries of pages below this position have reached it in
             plans sent.
         short: no rank of its last group had room for its next superblock.
+        hidden_state: of the prompt's last token, once its rank has said it.
     """
 
     sequence: Sequence
@@ -167,6 +168,7 @@ class Run:
     sparse_end: int = 0
     summarised: dict[int, int] = field(default_factory=dict)
     short: bool = False
+    hidden_state: bytes = b""
 
     @property
     def sparse_now(self) -> SparseSettings | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -9,15 +10,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 import sps_runtime
-from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import error_body
 from sps_runtime.server.openai_common import legal_label
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.types.errors import InvalidRequest
 
 
-def as_json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
 async def list_models(call: Call) -> ASGIApp:
@@ -127,16 +128,16 @@ async def flush_cache(call: Call) -> ASGIApp:
     return as_json(error_body(message, 400, code="cache_busy"), 400)
 
 
-class _AbortBody(msgspec.Struct):
+class AbortBody(msgspec.Struct):
+    """POST /abort_request."""
+
     rid: str | None = None
     abort_all: bool | None = None
 
 
 async def abort_request(call: Call) -> ASGIApp:
     """POST /abort_request. One's own requests only, unless one is the administrator."""
-    raw = await read_body(call.request, 1 << 20, call.service.timeouts.body)
-    decode_fields(raw)
-    body: _AbortBody = decode(raw, _AbortBody)
+    body, headers = await read_request(call, AbortBody)
     manager, identity = call.service.manager, call.identity
     if body.abort_all:
         ended = manager.abort_all(None if identity.admin else identity.owner)
@@ -144,7 +145,7 @@ async def abort_request(call: Call) -> ASGIApp:
         ended = manager.abort_label(identity.owner, legal_label(body.rid))
     else:
         raise InvalidRequest("rid names the request to end", field="rid")
-    return as_json({"aborted": ended})
+    return as_json({"aborted": ended}, headers=headers)
 
 
 async def concatenate_and_append(call: Call) -> ASGIApp:

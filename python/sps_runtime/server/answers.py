@@ -87,3 +87,15 @@ async def complete(call: Call, queries: Sequence[Query]) -> list[Answer]:
             raise_failure(output.finish)
             answers[output.state.index].add(output)
     return answers
+
+
+async def complete_many(call: Call, queries: Sequence[Query]) -> list[Answer]:
+    """`complete` for any number of queries, as many at a time as one batch may have. Nothing is run
+    when one of them is seen to be wrong before it is tokenized."""
+    manager = call.service.manager
+    for query in queries:
+        manager.gate.check(query)
+    batch, answers = manager.limits.max_prompts, list[Answer]()
+    for begin in range(0, len(queries), batch):
+        answers += await complete(call, queries[begin : begin + batch])
+    return answers

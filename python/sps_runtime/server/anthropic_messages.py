@@ -14,11 +14,10 @@ from sps_runtime.server.answers import complete
 from sps_runtime.server.anthropic_prompt import anthropic_prompt
 from sps_runtime.server.anthropic_types import CountBody, MessagesBody
 from sps_runtime.server.anthropic_writer import NAMED, MessageWriter, anthropic_error
-from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.chat_job import ChatJob, chat_job
 from sps_runtime.server.error_handlers import handle_error, request_id_header
 from sps_runtime.server.event_stream import EventStream
-from sps_runtime.server.options import ANTHROPIC, check_options
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.tools import Toolbox, make_toolbox
 
@@ -45,11 +44,7 @@ def _anthropic_errors(handler: Handler) -> Handler:
 async def messages(call: Call) -> ASGIApp:
     """Answer one conversation, whole or streamed."""
     service = call.service
-    raw = await read_body(
-        call.request, service.manager.limits.max_body_bytes, service.timeouts.body
-    )
-    headers = check_options(decode_fields(raw), MessagesBody, ANTHROPIC)
-    body: MessagesBody = decode(raw, MessagesBody)
+    body, headers = await read_request(call, MessagesBody)
     service.check_model(body.model)
     job = _job(call, body)
     model, cache_report = body.model or service.model_name, service.server.enable_cache_report
@@ -70,14 +65,10 @@ async def messages(call: Call) -> ASGIApp:
 async def count_tokens(call: Call) -> ASGIApp:
     """How long the prompt of a conversation is."""
     service = call.service
-    raw = await read_body(
-        call.request, service.manager.limits.max_body_bytes, service.timeouts.body
-    )
-    check_options(decode_fields(raw), CountBody, ANTHROPIC)
-    body: CountBody = decode(raw, CountBody)
+    body, headers = await read_request(call, CountBody)
     service.check_model(body.model)
     query = Query(prompt=anthropic_prompt(body, _toolbox(call, body)), names=_NAMES)
-    return as_json({"input_tokens": len(await service.manager.tokenize(query))})
+    return as_json({"input_tokens": len(await service.manager.tokenize(query))}, headers=headers)
 
 
 def _toolbox(call: Call, body: CountBody) -> Toolbox:

@@ -8,7 +8,6 @@ from starlette.types import ASGIApp
 
 from sps_runtime.frontend.query import LogprobOptions, Query
 from sps_runtime.server.answers import complete
-from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.chat_job import ChatJob, chat_job
 from sps_runtime.server.chat_messages import chat_prompt, template_variables
 from sps_runtime.server.chat_writer import ChatWriter
@@ -16,7 +15,7 @@ from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
 from sps_runtime.server.openai_common import labels_of
 from sps_runtime.server.openai_types import ChatBody
-from sps_runtime.server.options import OPENAI, check_options
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.tools import Toolbox, make_toolbox
 from sps_runtime.types.errors import InvalidRequest
@@ -25,11 +24,7 @@ from sps_runtime.types.errors import InvalidRequest
 async def chat_completions(call: Call) -> ASGIApp:
     """Answer one conversation, whole or streamed."""
     service = call.service
-    raw = await read_body(
-        call.request, service.manager.limits.max_body_bytes, service.timeouts.body
-    )
-    headers = check_options(decode_fields(raw), ChatBody, OPENAI)
-    body: ChatBody = decode(raw, ChatBody)
+    body, headers = await read_request(call, ChatBody)
     service.check_model(body.model)
     job = _job(call, body)
     writer = ChatWriter(call, body, job.new_parser)

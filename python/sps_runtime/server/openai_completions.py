@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from sps_runtime.frontend.query import LogprobOptions, Query, TextPrompt, TokenPrompt
 from sps_runtime.frontend.request_state import Output, RequestState
 from sps_runtime.server.answers import Answer, complete
-from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
 from sps_runtime.server.grammars import constrained
@@ -26,7 +25,7 @@ from sps_runtime.server.openai_common import (
 )
 from sps_runtime.server.openai_logprobs import completion_logprobs, whole_prompt
 from sps_runtime.server.openai_types import CompletionBody, parse_prompts
-from sps_runtime.server.options import OPENAI, check_options
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.types.plan import TokenLogprobs
 from sps_runtime.types.tokens import unpack_ids
@@ -43,11 +42,7 @@ NAMES = {
 async def completions(call: Call) -> ASGIApp:
     """Answer one request, whole or streamed."""
     service = call.service
-    raw = await read_body(
-        call.request, service.manager.limits.max_body_bytes, service.timeouts.body
-    )
-    headers = check_options(decode_fields(raw), CompletionBody, OPENAI)
-    body: CompletionBody = decode(raw, CompletionBody)
+    body, headers = await read_request(call, CompletionBody)
     service.check_model(body.model)
     prompts = parse_prompts(body.prompt, "prompt")
     writer = _Writer(call, body, prompts)

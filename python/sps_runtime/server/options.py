@@ -7,6 +7,7 @@ Anything else that a body brings and no struct knows is accepted and named in th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -82,6 +83,10 @@ OPENAI = frozenset(
         "response_prefix",
     }
 )
+EMBEDDING = frozenset(
+    _FOREIGN - {"use_beam_search", "length_penalty"}
+    | {"dimensions", "task", "instruction", "input_type", "truncate", "add_special_tokens"}
+)
 ANTHROPIC = frozenset(
     {"container", "context_management", "mcp_servers", "prefill", "output_format"}
 )
@@ -124,6 +129,19 @@ _NEEDLESS = frozenset(
     }
 )
 """Known, without any effect on the answer, and sent by ordinary clients: not worth naming."""
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a route's body may be.
+
+    Attributes:
+        kind: the struct that it is decoded into.
+        unsupported: options that are refused by name.
+    """
+
+    kind: type[msgspec.Struct]
+    unsupported: frozenset[str] = frozenset()
 
 
 def check_options(

@@ -14,11 +14,10 @@ from sps_runtime.frontend.query import ChatPrompt, Query
 from sps_runtime.frontend.request_state import Finish, Output, RequestState
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.answers import complete
-from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.chat_job import ChatJob, chat_job
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
-from sps_runtime.server.options import RESPONSES_API, check_options
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.responses_prompt import Messages, add_call, messages_of
 from sps_runtime.server.responses_store import StoredResponse
 from sps_runtime.server.responses_types import ResponsesBody
@@ -61,11 +60,7 @@ class _Turn:
 async def create_response(call: Call) -> ASGIApp:
     """Answer one turn, whole or streamed."""
     service = call.service
-    raw = await read_body(
-        call.request, service.manager.limits.max_body_bytes, service.timeouts.body
-    )
-    headers = check_options(decode_fields(raw), ResponsesBody, RESPONSES_API)
-    body: ResponsesBody = decode(raw, ResponsesBody)
+    body, headers = await read_request(call, ResponsesBody)
     service.check_model(body.model)
     turn = _turn(call, body)
     if not body.stream:

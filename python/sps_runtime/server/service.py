@@ -16,6 +16,7 @@ from sps_runtime.frontend.tokenizer_manager import TokenizerManager
 from sps_runtime.server.auth import Identity
 from sps_runtime.server.generation_probe import GenerationProbe
 from sps_runtime.server.metrics import Metrics
+from sps_runtime.server.options import Accepts
 from sps_runtime.server.responses_store import ResponseStore
 from sps_runtime.types.errors import InvalidRequest
 
@@ -88,8 +89,13 @@ class Service:
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request on its way through a handler."""
+    """One HTTP request on its way through a handler.
+
+    Attributes:
+        accepts: what the route's body may be; None for a route without a body.
+    """
 
     request: Request
     service: Service
     identity: Identity
+    accepts: Accepts | None = None

@@ -17,13 +17,12 @@ from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.frontend.validation import finite
 from sps_runtime.server.answers import Answer, complete
 from sps_runtime.server.auth import Identity
-from sps_runtime.server.body import decode, decode_fields, read_body
 from sps_runtime.server.error_handlers import request_id_header
 from sps_runtime.server.event_stream import EventStream
 from sps_runtime.server.grammars import constrained
 from sps_runtime.server.openai_common import labels_of
 from sps_runtime.server.openai_logprobs import whole_prompt
-from sps_runtime.server.options import NATIVE, check_options
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.sglang_types import SAMPLING, GenerateBody
 from sps_runtime.types.plan import TokenLogprobs
@@ -55,11 +54,7 @@ _NAMES = {
 async def generate(call: Call) -> ASGIApp:
     """Answer one request or batch, whole or streamed (the streamed text is cumulative)."""
     service = call.service
-    raw = await read_body(
-        call.request, service.manager.limits.max_body_bytes, service.timeouts.body
-    )
-    headers = check_options(decode_fields(raw), GenerateBody, NATIVE)
-    body: GenerateBody = decode(raw, GenerateBody)
+    body, headers = await read_request(call, GenerateBody)
     queries = native_queries(call.identity, body)
     many = body.is_batch or any((query.options.n or 1) > 1 for query in queries)
     writer = NativeWriter(service.manager.tokenizer, body, many)

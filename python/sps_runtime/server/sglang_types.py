@@ -57,20 +57,13 @@ class NativeSampling(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_
         return SamplingOptions(**{name: getattr(self, name) for name in names})
 
 
-class GenerateBody(msgspec.Struct, kw_only=True):
-    """POST or PUT /generate."""
+class NativeInput(msgspec.Struct, kw_only=True):
+    """What every native route takes."""
 
     text: str | list[str] | None = None
     input_ids: msgspec.Raw = NOTHING
-    sampling_params: NativeSampling | list[NativeSampling] | None = None
     rid: str | list[str] | None = None
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: int | list[int] | None = None
-    top_logprobs_num: int | list[int] | None = None
-    token_ids_logprob: msgspec.Raw = NOTHING
-    return_text_in_logprobs: bool | None = None
     attention: AttentionOptions | list[AttentionOptions | None] | None = None
-    stream: bool | None = None
 
     @property
     def is_batch(self) -> bool:
@@ -102,6 +95,25 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             raise InvalidRequest("text or input_ids is empty", field=field)
         return field, prompts
 
+    def attentions(self, prompts: int) -> list[tuple[str, AttentionOptions | None]]:
+        """Return each prompt's attention, and how the client calls it."""
+        told = _per_prompt(ATTENTION, self.attention, prompts, None)
+        listed = isinstance(self.attention, list)
+        names = (f"{ATTENTION}[{i}]" if listed else ATTENTION for i in range(prompts))
+        return list(zip(names, told, strict=True))
+
+
+class GenerateBody(NativeInput, kw_only=True):
+    """POST or PUT /generate."""
+
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: msgspec.Raw = NOTHING
+    return_text_in_logprobs: bool | None = None
+    stream: bool | None = None
+
     def sampling(self, prompts: int) -> list[NativeSampling]:
         """Return the options of each prompt."""
         told = self.sampling_params
@@ -129,13 +141,6 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             for i in range(prompts)
         ]
 
-    def attentions(self, prompts: int) -> list[tuple[str, AttentionOptions | None]]:
-        """Return each prompt's attention, and how the client calls it."""
-        told = _per_prompt(ATTENTION, self.attention, prompts, None)
-        listed = isinstance(self.attention, list)
-        names = (f"{ATTENTION}[{i}]" if listed else ATTENTION for i in range(prompts))
-        return list(zip(names, told, strict=True))
-
     def _wanted_ids(self, prompts: int) -> list[list[int]]:
         field = "token_ids_logprob"
         if is_nothing(self.token_ids_logprob):
@@ -145,6 +150,19 @@ class GenerateBody(msgspec.Struct, kw_only=True):
             return [decode(self.token_ids_logprob, list[int], field=field)] * prompts
         listed = decode(self.token_ids_logprob, list[list[int] | None], field=field)
         return [ids or [] for ids in _per_prompt(field, listed, prompts, None)]
+
+
+class EncodeBody(NativeInput, kw_only=True):
+    """POST or PUT /encode.
+
+    Attributes:
+        sampling_params: sent by clients of SGLang, without a meaning.
+        normalize: divide the vector by its length; true unless told.
+    """
+
+    sampling_params: msgspec.Raw = NOTHING
+    normalize: bool | None = None
+    model: str | None = None
 
 
 def _per_prompt(field: str, value: Any, prompts: int, default: Any) -> Sequence[Any]:

@@ -8,21 +8,26 @@ from starlette.types import ASGIApp
 from sps_runtime.frontend.query import ChatPrompt, Query, TextPrompt
 from sps_runtime.frontend.validation import check_ids
 from sps_runtime.server.admin import as_json
-from sps_runtime.server.body import NOTHING, decode, decode_fields, is_nothing, read_body
+from sps_runtime.server.body import NOTHING, decode, is_nothing
 from sps_runtime.server.chat_messages import Message, chat_prompt
+from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.tools import Tool, make_toolbox
 from sps_runtime.types.errors import InvalidRequest
 
 
-class _TokenizeBody(msgspec.Struct):
+class TokenizeBody(msgspec.Struct):
+    """POST /tokenize."""
+
     prompt: str | list[str] | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     model: str | None = None
 
 
-class _DetokenizeBody(msgspec.Struct):
+class DetokenizeBody(msgspec.Struct):
+    """POST /detokenize."""
+
     tokens: msgspec.Raw = NOTHING
     skip_special_tokens: bool | None = None
     model: str | None = None
@@ -32,9 +37,7 @@ async def tokenize(call: Call) -> ASGIApp:
     """Text or a conversation to ids."""
     service = call.service
     manager = service.manager
-    raw = await read_body(call.request, manager.limits.max_body_bytes, service.timeouts.body)
-    decode_fields(raw)
-    body: _TokenizeBody = decode(raw, _TokenizeBody)
+    body, headers = await read_request(call, TokenizeBody)
     service.check_model(body.model)
     prompts = _prompts(call, body)
     if len(prompts) > manager.limits.max_prompts:
@@ -48,11 +51,12 @@ async def tokenize(call: Call) -> ASGIApp:
             "tokens": tokens[0] if single else tokens,
             "count": counts[0] if single else counts,
             "max_model_len": manager.limits.context_length,
-        }
+        },
+        headers=headers,
     )
 
 
-def _prompts(call: Call, body: _TokenizeBody) -> list[TextPrompt | ChatPrompt]:
+def _prompts(call: Call, body: TokenizeBody) -> list[TextPrompt | ChatPrompt]:
     if body.messages is not None and body.prompt is None:
         toolbox = make_toolbox(call.service, body.tools, None, None)
         return [chat_prompt(body.messages, {}, toolbox.described())]
@@ -66,9 +70,7 @@ async def detokenize(call: Call) -> ASGIApp:
     """Ids to text."""
     service = call.service
     limits = service.manager.limits
-    raw = await read_body(call.request, limits.max_body_bytes, service.timeouts.body)
-    decode_fields(raw)
-    body: _DetokenizeBody = decode(raw, _DetokenizeBody)
+    body, headers = await read_request(call, DetokenizeBody)
     service.check_model(body.model)
     if is_nothing(body.tokens):
         raise InvalidRequest("tokens is empty", field="tokens")
@@ -80,4 +82,4 @@ async def detokenize(call: Call) -> ASGIApp:
         check_ids(one, limits.vocab_size, "tokens")
     skip = body.skip_special_tokens is not False
     texts = [service.manager.tokenizer.decode(one, skip_special_tokens=skip) for one in batch]
-    return as_json({"text": texts if nested else texts[0]})
+    return as_json({"text": texts if nested else texts[0]}, headers=headers)

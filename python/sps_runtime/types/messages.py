@@ -64,6 +64,7 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
         cached_tokens, prompt_tokens, retractions: the request's figures so far.
         attention: of a request that asked for csa: once its prefill is counted (a client's stop
             string may end it before the last message), and on the last message.
+        hidden_state: of a request that asked for it, on the last message: little-endian fp32.
     """
 
     rid: str
@@ -75,6 +76,7 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
     cached_tokens: int = 0
     retractions: int = 0
     attention: AttentionReport | None = None
+    hidden_state: bytes = b""
 
 
 class TokensBatch(msgspec.Struct, frozen=True, tag="batch"):

@@ -88,6 +88,8 @@ class SequencePlan(msgspec.Struct, frozen=True):
         summaries_from: under csa, the summaries of pages below this position have reached every
             member of the group in earlier steps of this sequence; those of later pages travel in
             this step. A multiple of the page.
+        hidden_state: report the hidden state of the last of these tokens. Such a sequence is
+            prefilled and samples nothing.
 
     A step that prefills under csa begins with a superblock and ends with one or with the prompt,
     and the new pages of a superblock lie on one rank (`SparseSettings.align`).
@@ -106,6 +108,7 @@ class SequencePlan(msgspec.Struct, frozen=True):
     prompt_top: int = 0
     prompt_ids: tuple[int, ...] = ()
     summaries_from: int = 0
+    hidden_state: bool = False
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="step"):
@@ -160,6 +163,17 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
     values: tuple[TokenLogprobs, ...]
 
 
+class HiddenState(msgspec.Struct, frozen=True):
+    """The hidden state of the last planned token of the sequence in `slot`, after the last norm.
+
+    Attributes:
+        values: little-endian fp32 ``[hidden]``.
+    """
+
+    slot: int
+    values: bytes
+
+
 class StepCounters(msgspec.Struct, frozen=True):
     """What a step cost on one rank (contract 5). Bytes are logical: every non-owner read or
     transfer counts once, zero-copy reads too; physical bytes are what was really copied.
@@ -184,7 +198,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """One global rank's acknowledgement of one plan: its KV is written, its reads are over.
 
     Every rank of the group answers each plan once; only the rank that sampled a sequence names its
-    token, and only the rank that computed prompt logprobs names them.
+    token, and only the rank that computed prompt logprobs or a hidden state names them.
 
     Attributes:
         rank: global rank, sp_rank * tp + tp_rank.
@@ -199,3 +213,4 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     counters: StepCounters = StepCounters()
     sparse: tuple[SparseCounters, ...] = ()
     error: str | None = None
+    hidden_states: tuple[HiddenState, ...] = ()

@@ -18,6 +18,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
         tenant: the cache namespace, chosen by the server.
         attention: how attention is computed.
         logprobs: which logprobs are wanted, None for none.
+        hidden_state: the answer is the hidden state of the prompt's last token; `sampling` asks for
+            no tokens then.
     """
 
     rid: str
@@ -26,3 +28,4 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
     tenant: str = ""
     attention: AttentionSpec = EXACT
     logprobs: LogprobParams | None = None
+    hidden_state: bool = False

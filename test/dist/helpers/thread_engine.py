@@ -59,6 +59,9 @@ class RecordingModel:
         self.given.append(logits_RV)
         return logits_RV
 
+    def norm(self, x: Tensor) -> Tensor:
+        return self._model.norm(x)
+
     def watch(self, runner: ModelRunner) -> None:
         """Keep the logits of decode steps, replayed ones too."""
         graphs: Any = runner._graphs
