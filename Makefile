@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 KERNEL_SOURCES := $(shell find sgl-kernel/csrc sgl-kernel/include sgl-kernel/python \
 	sgl-kernel/CMakeLists.txt sgl-kernel/pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
-TORCH_FREE := types config ipc telemetry costmodel kvcache grammar scheduler frontend server launch engine chat
+TORCH_FREE := types config ipc telemetry costmodel kvcache grammar scheduler frontend server launch engine lang chat
 CHECKED := $(wildcard $(addprefix python/sps_runtime/,$(TORCH_FREE))) \
 	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py registry.py))
 

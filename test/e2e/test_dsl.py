@@ -1,4 +1,4 @@
-"""SGLang's own front end against our server: the real programs, the embedded model, two ranks."""
+"""SGLang programs against our server, by SGLang's own front end and by ours: the same results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import pytest
 from test.kit.echo_http import EchoHttp
 
 PROGRAMS = Path(__file__).parents[1] / "clients" / "dsl_programs.py"
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("sglang") is None, reason="the extra [dsl] is not installed"
-)
+HAS_SGLANG = importlib.util.find_spec("sglang") is not None
+needs_sglang = pytest.mark.skipif(not HAS_SGLANG, reason="the extra [dsl] is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +23,36 @@ def server() -> Iterator[EchoHttp]:
         yield running
 
 
+def run(program: Path, backend: str) -> list[str]:
+    """What `program` prints."""
+    command = [sys.executable, str(program), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].endswith("all 9")
+    return lines[:-1]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same programs under the other import."""
+    source = PROGRAMS.read_text()
+    theirs = "import sglang as sgl"
+    assert source.count(theirs) == 1
+    program = tmp_path_factory.mktemp("lang") / PROGRAMS.name
+    program.write_text(source.replace(theirs, "import sps_runtime.lang as sgl"))
+    return program
+
+
+@needs_sglang
 def test_programs_run_unmodified(server: EchoHttp) -> None:
-    command = [sys.executable, str(PROGRAMS), server.url]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.splitlines()[-1].endswith("all 9")
+    run(PROGRAMS, server.url)
+
+
+def test_our_front_end_gives_the_same_with_and_without_a_server(
+    server: EchoHttp, ours: Path
+) -> None:
+    expected = run(PROGRAMS, server.url) if HAS_SGLANG else None
+    by_http = run(ours, server.url)
+    assert by_http == (expected or by_http)
+    assert run(ours, "engine") == by_http

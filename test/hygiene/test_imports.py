@@ -19,6 +19,7 @@ TORCH_FREE = (
     "scheduler",
     "frontend",
     "server",
+    "lang",
 )
 LAUNCH_SERVER_S = 0.5
 
