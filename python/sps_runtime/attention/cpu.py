@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -11,41 +10,8 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
+from sps_runtime.attention.run_lists import RunListCache
 from sps_runtime.ops.kv_rows import row_format
-
-_REMEMBERED = 8
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Runs as the kernels take them. Holds on to `runs`, so that no other list gets its identity.
-
-    Attributes:
-        items: int32 ``[runs, 8]``, columns `sps_kernel.ITEM_FIELDS`.
-        rows: query rows in all runs.
-    """
-
-    runs: Sequence[QueryRun]
-    items: Tensor
-    page_ids: Tensor
-    page_positions: Tensor
-    rows: int
-
-
-def _pack(runs: Sequence[QueryRun], kv_heads: int) -> _Packed:
-    items = []
-    at = 0
-    for run in runs:
-        pages = len(run.page_ids)
-        items.append((run.row, run.count, run.position, at, pages, run.kv_len, 0, kv_heads))
-        at += pages
-    return _Packed(
-        runs,
-        torch.tensor(items, dtype=torch.int32),
-        torch.cat([run.page_ids for run in runs]),
-        torch.cat([run.page_positions for run in runs]),
-        sum(run.count for run in runs),
-    )
 
 
 class KernelBackend:
@@ -62,7 +28,7 @@ class KernelBackend:
     def __init__(self, kernels: ModuleType, threads: int = 1) -> None:
         self._kernels = kernels
         self._threads = threads
-        self._packed: dict[tuple[int, int], _Packed] = {}
+        self._runs = RunListCache()
 
     def partial(
         self,
@@ -77,9 +43,9 @@ class KernelBackend:
         if not runs:
             return Partial(*_empty(q_THD))
         pools = self._pools(pool, kv_heads, q_THD.shape[2])
-        packed = self._pack(runs, pools.kv_heads)
-        complete = packed.rows == len(q_THD)
-        return self._attend(q_THD, pools, packed, complete, scale, window)
+        found = self._runs.get(runs, pools.kv_heads)
+        complete = found.rows == len(q_THD)
+        return self._attend(q_THD, pools, found.lists, complete, scale, window)
 
     def partial_lists(
         self,
@@ -97,7 +63,7 @@ class KernelBackend:
         self,
         q_THD: Tensor,
         pools: Any,
-        lists: _Packed | PageLists,
+        lists: PageLists,
         complete: bool,
         scale: float,
         window: int | None,
@@ -127,16 +93,6 @@ class KernelBackend:
             lse_out=lse_TH,
             threads=self._threads,
         )
-
-    def _pack(self, runs: Sequence[QueryRun], kv_heads: int) -> _Packed:
-        """Packed runs; a step's layers pass the same list, so it is packed once."""
-        key = (id(runs), kv_heads)
-        packed = self._packed.get(key)
-        if packed is None:
-            if len(self._packed) >= _REMEMBERED:
-                del self._packed[next(iter(self._packed))]
-            packed = self._packed[key] = _pack(runs, kv_heads)
-        return packed
 
     def _pools(self, pool: PagePool, kv_heads: tuple[int, int] | None, head_dim: int) -> Any:
         """The pools as the kernels want them: all of one shape. One that cannot be read stands in

@@ -18,6 +18,24 @@ ROWS = 16
 
 
 @triton.jit
+def fold(state, o, lse):
+    """A partial's rows onto ``(acc, largest, total)``; none of them is -inf less -inf, a NaN."""
+    acc, largest, total = state
+    above = tl.maximum(largest, lse)
+    base = tl.where(above == float("-inf"), 0.0, above)
+    kept, weight = tl.exp(largest - base), tl.exp(lse - base)
+    acc = acc * kept[:, None] + o.to(tl.float32) * weight[:, None]
+    return acc, above, total * kept + weight
+
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows that saw no key."""
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    return tl.zeros([ROWS, BLOCK], tl.float32), largest, tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
 def merge_kernel(
     os, lses, o_tokens, o_heads, lse_tokens, lse_heads, out, lse_out, out_token, out_head, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -29,20 +47,14 @@ def merge_kernel(
     token, head = row // HEADS, row % HEADS
     some = row < rows
     there = some[:, None] & (column < DIM)[None, :]
-    acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    state = nothing(ROWS, BLOCK)
     for i in tl.static_range(COUNT):
         at = token * lse_tokens[i] + head * lse_heads[i]
         lse = tl.load(lses[i] + at, mask=some, other=float("-inf"))
         o_at = (token * o_tokens[i] + head * o_heads[i])[:, None] + column[None, :]
         o = tl.load(os[i] + o_at, mask=there & (lse > float("-inf"))[:, None], other=0.0)
-        above = tl.maximum(largest, lse)
-        base = tl.where(above == float("-inf"), 0.0, above)  # -inf - -inf would be NaN
-        kept, weight = tl.exp(largest - base), tl.exp(lse - base)
-        acc = acc * kept[:, None] + o.to(tl.float32) * weight[:, None]
-        total = total * kept + weight
-        largest = above
+        state = fold(state, o, lse)
+    acc, largest, total = state
     merged = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_at = (token * out_token + head * out_head)[:, None] + column[None, :]
     tl.store(out + out_at, merged.to(out.dtype.element_ty), mask=there)
@@ -77,6 +89,39 @@ def merge_states(
         HEADS=heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=ROWS, COUNT=len(os),
     )  # fmt: skip
     return lse_TH
+
+
+@triton.jit
+def merge_splits_kernel(
+    o_splits, lse_splits, out, lse_out, rows, splits,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    some = row < rows
+    there = some[:, None] & (column < DIM)[None, :]
+    state = nothing(ROWS, BLOCK)
+    for i in range(splits):
+        at = row + i * rows
+        lse = tl.load(lse_splits + at, mask=some, other=float("-inf"))
+        o_at = at[:, None] * DIM + column[None, :]
+        o = tl.load(o_splits + o_at, mask=there & (lse > float("-inf"))[:, None], other=0.0)
+        state = fold(state, o, lse)
+    at = row[:, None] * DIM + column[None, :]
+    acc, largest, total = state
+    tl.store(out + at, acc / tl.where(total == 0.0, 1.0, total)[:, None], mask=there)
+    tl.store(lse_out + row, largest + tl.log(total), mask=some)
+
+
+def merge_splits(o_SnTHD: Tensor, lse_SnTH: Tensor, out_THD: Tensor, lse_TH: Tensor) -> None:
+    """Merge n partials that lie in one contiguous tensor, fp32, into contiguous (out, lse)."""
+    splits, tokens, heads, dim = o_SnTHD.shape
+    rows = tokens * heads
+    if rows:
+        merge_splits_kernel[(triton.cdiv(rows, ROWS),)](
+            o_SnTHD, lse_SnTH, out_THD, lse_TH, rows, splits,
+            DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
