@@ -43,6 +43,7 @@ def judge(model: PagedModel, group: Group, setup: Setup, decode: str = "sparse")
     begin = time.monotonic()
     store, prefix, rest = model.store(), Counted(), Counted()
     tokens = max(len(prompt.ids) for prompt in group.prompts)
+    setup = replace(setup, settings=setup.settings.for_prompt(tokens))
     if setup.estimator == "stride":
         setup = replace(setup, shard=shard_of(tokens, setup))
     unit = PAGE if setup.estimator == "dense" else max(setup.settings.superblock, PAGE)

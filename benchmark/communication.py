@@ -209,9 +209,10 @@ def measured(
         yield from exact_rows(name, tokens, ranks)
     model = EmbeddedModel()
     for task, tokens in itertools.product(tasks, lengths):
-        sets = page_sets(model, task, tokens, settings, captures)
+        settled = settings.for_prompt(tokens)
+        sets = page_sets(model, task, tokens, settled, captures)
         for name, ranks in itertools.product(("gqa8", "embedded"), RANKS):
-            yield from block_rows(name, task, sets, ranks, settings)
+            yield from block_rows(name, task, sets, ranks, settled)
 
 
 def main() -> None:

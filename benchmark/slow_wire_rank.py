@@ -72,7 +72,9 @@ class Prefill:
         prompt = [draw.randrange(300, 30_000) for _ in range(self.tokens)]
         free = {rank: iter(range(rank * slots, (rank + 1) * slots)) for rank in group}
         size, pages, plans = self.chunk or self.tokens, list[int](), list[StepPlan]()
-        spec = EXACT if self.sparse is None else AttentionSpec("csa", SparseSettings(**self.sparse))
+        spec = EXACT
+        if self.sparse is not None:
+            spec = AttentionSpec("csa", SparseSettings(**self.sparse).for_prompt(self.tokens))
         for start in range(0, self.tokens, size):
             count = min(size, self.tokens - start)
             pages += [next(free[rank]) for rank in self._deal(spec, start, start + count, group)]

@@ -31,7 +31,8 @@ void page_shares(const ShareParams& params, const QueryBlock* blocks, int64_t co
   for (int64_t first = 0, last; first < count; first = last) {
     last = first + 1;
     while (last < count && last - first < kShareBlocks &&
-           blocks[last].superblock == blocks[first].superblock)
+           blocks[last].list_begin == blocks[first].list_begin &&
+           blocks[last].position > blocks[last - 1].position)
       ++last;
     for (int head = 0; head < params.kv_heads; ++head) {
       ShareUnit u{};

@@ -12,7 +12,7 @@ import pytest
 from test.kit.echo_http import EchoHttp
 
 SENTENCE = "The weather was fine and the streets of town {} were quiet that day. "
-DOCUMENT = "".join(SENTENCE.format(n) for n in range(260))
+DOCUMENT = "".join(SENTENCE.format(n) for n in range(360))
 CSA = {"mode": "csa", "budget": 0.25}
 
 
@@ -38,12 +38,12 @@ def meta(answer: httpx.Response) -> dict[str, Any]:
 def test_a_sparse_prompt_is_answered_with_its_figures(server: EchoHttp) -> None:
     first = meta(generate(server, DOCUMENT, CSA))
     report = first["attention"]
-    assert first["prompt_tokens"] > 3000
+    assert first["prompt_tokens"] > 4500
     assert report["mode"] == "csa" and report["reason"] == ""
-    assert 0.05 < report["density"] < 0.6
+    assert 0.5 < report["density"] < 0.95  # 48 pages of 64 tokens at least
     assert 0 < report["union_share"] <= 1 and report["remote_bytes"] > 0
     again = meta(generate(server, DOCUMENT, CSA))
-    assert again["cached_tokens"] == first["prompt_tokens"] // 1024 * 1024
+    assert again["cached_tokens"] == first["prompt_tokens"] // 64 * 64
 
 
 def test_exact_and_sparse_share_no_pages(server: EchoHttp) -> None:
@@ -69,7 +69,7 @@ def test_generated_tokens_choose_their_pages_too(server: EchoHttp) -> None:
     whole = {"mode": "csa", "tau": 0, "decode": "sparse"}
     assert generate(server, text, whole).json()["output_ids"] == exact
     some = meta(generate(server, text, {**CSA, "decode": "sparse"}))
-    assert some["completion_tokens"] == 6 and some["attention"]["density"] < 0.6
+    assert some["completion_tokens"] == 6 and some["attention"]["density"] < 0.95
 
 
 def test_a_short_prompt_runs_exact_and_says_so(server: EchoHttp) -> None:
@@ -95,7 +95,7 @@ def test_openais_client(server: EchoHttp, stream: bool) -> None:
     )
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     report = (choices[-1].model_extra or {})["sps_attention"]
-    assert report["mode"] == "csa" and report["density"] < 0.6
+    assert report["mode"] == "csa" and report["density"] < 0.95
 
 
 def test_metrics(server: EchoHttp) -> None:

@@ -68,6 +68,21 @@ def test_only_whole_superblocks_of_the_prompt_serve_the_next() -> None:
     server.run()
 
 
+def test_short_prompts_read_more_and_share_no_page_with_long_ones() -> None:
+    settings = msgspec.structs.replace(
+        SETTINGS, minimum=2, short_to=32, short_minimum=5, short_superblock=4
+    )
+    server, prompt = sparse_server(), [(7 * n) % 50 for n in range(60)]
+    rids = []
+    for tokens in (prompt[:31], prompt[:32], prompt[:28], prompt):
+        rids.append(server.add(tokens, 1, attention=AttentionSpec("csa", settings)))
+        idle(server)
+    settled = [plan.sequences[0].attention.sparse for plan in server.plans]
+    assert {(s.minimum, s.superblock) for s in settled if s} == {(5, 4), (2, 8)}
+    assert [server.finals[rid].cached_tokens for rid in rids] == [0, 0, 24, 32]
+    server.run()
+
+
 def test_csa_and_exact_and_other_settings_share_no_page() -> None:
     server = sparse_server()
     prompt = [(7 * n) % 50 for n in range(30)]

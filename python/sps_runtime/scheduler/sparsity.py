@@ -39,8 +39,9 @@ class SparseRules:
         """How a request of so many tokens is computed; None when it asked for exact attention."""
         if wanted.sparse is None:
             return None
-        reason = self._refusal(wanted.sparse, prompt_len)
-        return Sparsity(EXACT if reason else wanted, reason)
+        settings = wanted.sparse.for_prompt(prompt_len, self.page_size)
+        reason = self._refusal(settings, prompt_len)
+        return Sparsity(EXACT if reason else AttentionSpec(wanted.mode, settings), reason)
 
     def _refusal(self, settings: SparseSettings, prompt_len: int) -> str:
         """Why csa cannot run or does not pay; empty when it runs."""

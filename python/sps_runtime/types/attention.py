@@ -25,6 +25,9 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         budget: at most this share of the pages before a block.
         minimum, sink, window, rows: as `sparse.selection.SelectionSettings` has them.
         superblock: tokens, below position `wide_from`; twice as many from there.
+        short_to, short_minimum, short_superblock: a prompt of fewer than `short_to` tokens has at
+            least that minimum and at most that superblock (`for_prompt`): a tenth of few pages, in
+            common with fifteen other blocks, is less than a question wants.
         tail: what stands for dropped pages: their means, or nothing.
         decode: whether generated tokens read all pages or chosen ones.
         stride, levels: of the estimator ``stride`` (CSPS as published), which chooses no pages: one
@@ -46,6 +49,9 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block: int = 64
     superblock: int = 1024
     wide_from: int = 16384
+    short_to: int = 12288
+    short_minimum: int = 48
+    short_superblock: int = 64
     tail: Literal["mean", "none"] = "mean"
     decode: Literal["exact", "sparse"] = "exact"
     stride: int = 4
@@ -57,6 +63,19 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if stride < 1 or ranks % inner or (ranks and ranks <= inner):
                 raise ValueError("each level is a multiple of the one before, strides at least 1")
             inner = ranks or inner
+
+    def for_prompt(self, tokens: int, page_size: int = 1) -> SparseSettings:
+        """What these settings mean for a prompt of so many tokens: settled when a request is
+        admitted, and part of its pages' fidelity. Pages that were written for a short prompt do not
+        serve a long one, so a conversation that grows past `short_to` is computed anew once. A
+        superblock is a page at least."""
+        if tokens >= self.short_to or self.estimator == "stride":
+            return self
+        return msgspec.structs.replace(
+            self,
+            minimum=max(self.minimum, self.short_minimum),
+            superblock=min(self.superblock, max(self.short_superblock, page_size)),
+        )
 
     def superblock_at(self, position: int) -> int:
         """Tokens of the superblock that holds a position."""
