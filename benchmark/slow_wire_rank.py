@@ -36,8 +36,10 @@ from sps_runtime.models.loader import LoadSpec, build_model, load_weights
 from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
+from sps_runtime.runner.traced import trace_means, trace_operators
 from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.sparse.dispatch import choose_operators
+from sps_runtime.telemetry.timeline import open_timeline
 from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
 from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan, Strategy
 from sps_runtime.types.sampling import SamplingParams
@@ -112,7 +114,10 @@ class Prefill:
 class Rank:
     """Runners of both worlds over one gloo group, with and without the pipeline."""
 
-    def __init__(self, rank: int, addresses: Sequence[str], layers: int, tokens: int) -> None:
+    def __init__(
+        self, rank: int, addresses: Sequence[str], layers: int, tokens: int, trace: str = ""
+    ) -> None:
+        self._timeline = open_timeline(trace, rank, f"rank-{rank}")
         self.rank, self.size = rank, len(addresses)
         self.config = parse_model_config({**SHAPES["gqa8"], "num_hidden_layers": layers})
         self.slots = -(-tokens // PAGE) + 2
@@ -123,6 +128,7 @@ class Rank:
             store, rank, self.size, self._traffic, address=address, timeout_s=PATIENCE_S
         )
         self._ops = choose_ops("auto", 1)
+        self._operators = trace_operators(self._ops.operators, self._timeline)
         self._runners: dict[tuple[str, bool], ModelRunner] = {}
         self._epoch = 1
 
@@ -141,6 +147,7 @@ class Rank:
         began = time.monotonic()
         results = [runner.execute(plan) for plan in plans]
         ended = time.monotonic()
+        self._timeline.flush()
         counters = [result.counters for result in results]
         sparse = [one for result in results for one in result.sparse]
         counts = {
@@ -166,18 +173,27 @@ class Rank:
             model, means = other._model, other._means
         else:
             spec = LoadSpec(Path(), "bfloat16", "dummy", tp_size=tp)
-            arena = load_weights(self.config, spec, ops=self._ops.operators)
-            model = build_model(self.config, arena, mesh.tp_rank, ops=self._ops.operators)
+            arena = load_weights(self.config, spec, ops=self._operators)
+            model = build_model(self.config, arena, mesh.tp_rank, ops=self._operators)
             means = self._means(mesh)
         vocab = self.config.vocab_size
-        return ModelRunner(model, vocab, means, board, "ntp", PATIENCE_S, pipeline=pipeline)
+        return ModelRunner(
+            model,
+            vocab,
+            means,
+            board,
+            "ntp",
+            PATIENCE_S,
+            self._timeline,
+            pipeline,
+        )
 
     def _means(self, mesh: Mesh) -> AttentionContext:
         shape = kv_shape(self.config, mesh.tp_size, self.slots)
         pools: list[KVPool | None] = [None] * mesh.sp_size
         pools[mesh.sp_rank] = KVPool.private(shape, torch.bfloat16)
         backend = choose_backend(self._ops, page_size=PAGE, head_dim=shape.head_dim)
-        return AttentionContext(
+        means = AttentionContext(
             mesh=mesh,
             mailroom=self._mailroom,
             store=KVStore(pools, mesh.sp_rank),
@@ -185,10 +201,11 @@ class Rank:
             backend=backend,
             traffic=self._traffic,
             hosts=tuple(range(mesh.sp_size)),
-            ops=self._ops.operators,
+            ops=self._operators,
             sparse=self._sparse(shape, mesh),
             windows=self.config.layer_windows,
         )
+        return trace_means(means, self._timeline)
 
     def _sparse(self, shape: KVShape, mesh: Mesh) -> SparseMeans:
         operators = choose_operators(self._ops.kernels)
@@ -217,9 +234,10 @@ def main() -> None:
     parser.add_argument("addresses")
     parser.add_argument("layers", type=int)
     parser.add_argument("tokens", type=int)
+    parser.add_argument("trace", nargs="?", default="")
     told = parser.parse_args()
     torch.set_num_threads(1)
-    rank = Rank(told.rank, told.addresses.split(","), told.layers, told.tokens)
+    rank = Rank(told.rank, told.addresses.split(","), told.layers, told.tokens, told.trace)
     rank.warm()
     print(json.dumps({"ready": told.rank}), flush=True)
     for line in sys.stdin:

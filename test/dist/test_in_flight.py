@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from test.dist.helpers.exactness import NEW_TOKENS, TIGHT_PAGES, check
 from test.dist.helpers.planner import Planner, Request, Shape
 from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
 
+from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.sequence_parallel.baton import Baton
 from sps_runtime.attention.sequence_parallel.cut import cut
+from sps_runtime.attention.sequence_parallel.in_flight import Flight
+from sps_runtime.attention.sequence_parallel.parcels import Courier
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.types.plan import SequencePlan, StepPlan
 from sps_runtime.types.tokens import pack_ids
@@ -96,6 +100,37 @@ def test_the_same_tokens_and_bytes(
         sent[pipeline] = prefills
     assert sent[True] == sent[False]
     assert sum(sent[True]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "ulysses"])
+def test_what_others_wait_for_is_made_first(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block writes its KV of the first layer before any attends, so that it can leave."""
+    events, wrote, attend = [], Flight.wrote, Courier.attend
+
+    def writes(self: Flight, block: int, layer: int) -> None:
+        events.append((self, "wrote", block, layer))
+        wrote(self, block, layer)
+
+    def attends(self: Courier, block: int, layer: int, *arguments: Any) -> Partial:
+        events.append((self.flight, "attends", block, layer))
+        return attend(self, block, layer, *arguments)
+
+    monkeypatch.setattr(Flight, "wrote", writes)
+    monkeypatch.setattr(Courier, "attend", attends)
+    engine = engine_between_hosts("llama", 2, 64, True)
+    try:
+        shape = Shape(2, 64, TIGHT_PAGES[64], strategy=strategy, decode="sharded", overlap=False)
+        run_alone(engine, Planner(shape), [Request(prompt(1037), 1, chunk=0)])
+    finally:
+        engine.close()
+    flights = {flight for flight, *_ in events}
+    assert len(flights) == 2
+    for flight in flights:
+        order = [what for of, what, _, layer in events if of is flight and layer == 0]
+        count = len(flight.blocks)
+        assert count > 1 and order == ["wrote"] * count + ["attends"] * count
 
 
 def plan_of(owners: list[int], start: int, count: int, page_size: int, slots: int) -> StepPlan:

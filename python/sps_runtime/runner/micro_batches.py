@@ -5,16 +5,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sps_runtime.attention.sequence_parallel.in_flight import Flight
-from sps_runtime.layers.placement import GroupLinks, place
+from sps_runtime.layers.placement import GroupLinks, WholeWeights
 from sps_runtime.layers.step import StepContext
+from sps_runtime.ops.weight import Weight
 from sps_runtime.runner.input_batch import InputBatch
 
 Forward = Callable[[Tensor, StepContext], Tensor]
+
+
+@dataclass(frozen=True)
+class _Interrupted(WholeWeights):
+    """Multiplications take most of a block's time; before each, others may go first."""
+
+    offer: Callable[[], None] = lambda: None
+
+    def column(
+        self, x_TD: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, unit: int = 1
+    ) -> Tensor:
+        self.offer()
+        return super().column(x_TD, weight_ND, bias_N, unit)
+
+    def row(self, y_TN: Tensor, weight_DN: Weight, unit: int = 1) -> Tensor:
+        self.offer()
+        return super().row(y_TN, weight_DN, unit)
 
 
 def fly(forward: Forward, flight: Flight, batch: InputBatch, links: GroupLinks) -> Tensor:
@@ -29,7 +49,7 @@ def fly(forward: Forward, flight: Flight, batch: InputBatch, links: GroupLinks) 
 
     def run(block: int) -> None:
         try:
-            flight.baton.take((0, block))
+            flight.baton.take(flight.turns[block])
             with torch.inference_mode():
                 found[block] = _forward(forward, flight, block, batch, links)
             flight.baton.give()
@@ -39,6 +59,7 @@ def fly(forward: Forward, flight: Flight, batch: InputBatch, links: GroupLinks) 
 
     blocks = flight.blocks
     threads = [threading.Thread(target=run, args=(b,), name=f"block-{b}") for b in blocks]
+    flight.baton.expect(flight.turns.values())
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -55,7 +76,7 @@ def _forward(
     rows = slice(*flight.rows[block])
     context = StepContext(
         positions_T=batch.positions_T[rows],
-        linear=place("sharded", "ntp", links, flight.layouts[block].rows, flight.context.ops),
+        linear=_Interrupted(links, flight.context.ops, partial(flight.offer, block)),
         attend=flight.attention(block),
     )
     return forward(batch.tokens_T[rows], context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,7 +35,7 @@ class Timeline(Protocol):
     on: bool
 
     def span(self, name: str, category: str, **details: Any) -> AbstractContextManager[None]:
-        """The time of a ``with`` block. Spans of one process nest.
+        """The time of a ``with`` block. Spans of one thread nest.
 
         Args:
             details: shown beside the span, JSON values.
@@ -72,8 +73,10 @@ class TraceFile:
     def __init__(self, path: str | Path, number: int, name: str) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._number = number
+        self._lock = threading.Lock()
         self._lines: list[str] = []
         self._bytes = 0
+        self._threads = {threading.current_thread().name: 0}
         common = {"ph": "M", "pid": number, "tid": 0}
         self._add({**common, "name": "process_name", "args": {"name": name}})
         self._add({**common, "name": "process_sort_index", "args": {"sort_index": number}})
@@ -90,28 +93,41 @@ class TraceFile:
                 "name": name,
                 "cat": category,
                 "pid": self._number,
-                "tid": 0,
+                "tid": self._thread(),
                 "ts": began / 1e3,
                 "dur": (time.monotonic_ns() - began) / 1e3,
             }
             self._add({**event, "args": details} if details else event)
 
     def flush(self) -> None:
-        if self._lines:
-            os.write(self._fd, "".join(self._lines).encode())
-            self._lines.clear()
-            self._bytes = 0
+        with self._lock:
+            lines, self._lines, self._bytes = self._lines, [], 0
+            if lines:
+                os.write(self._fd, "".join(lines).encode())
 
     def close(self) -> None:
         """Write the rest and close."""
         self.flush()
         os.close(self._fd)
 
+    def _thread(self) -> int:
+        """A row of its own for each name that threads have: those of every step have the same."""
+        name = threading.current_thread().name
+        with self._lock:
+            known = name in self._threads
+            number = self._threads.setdefault(name, len(self._threads))
+        if not known:
+            common = {"ph": "M", "pid": self._number, "tid": number}
+            self._add({**common, "name": "thread_name", "args": {"name": name}})
+        return number
+
     def _add(self, event: dict[str, Any]) -> None:
         line = json.dumps(event, separators=(",", ":")) + ",\n"
-        self._lines.append(line)
-        self._bytes += len(line)
-        if self._bytes >= FLUSH_BYTES:
+        with self._lock:
+            self._lines.append(line)
+            self._bytes += len(line)
+            full = self._bytes >= FLUSH_BYTES
+        if full:
             self.flush()
 
 

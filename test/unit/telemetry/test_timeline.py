@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,33 @@ def test_a_span_is_written_when_its_block_raises(tmp_path: Path) -> None:
     rank.close()
     timeline.finish(path)
     assert [span["name"] for span in spans(path)] == ["broken"]
+
+
+def test_threads_have_rows_of_their_own_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.create(path)
+    rank = TraceFile(path, 0, "rank-0")
+
+    def work() -> None:
+        for _ in range(500):
+            with rank.span("x" * 200, "step"):  # enough for several flushes
+                pass
+
+    for _ in range(2):
+        threads = [threading.Thread(target=work, name=f"block-{i}") for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    with rank.span("main", "step"):
+        pass
+    rank.close()
+    timeline.finish(path)
+    events = json.loads(path.read_text())
+    rows = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    assert set(rows) == {"block-0", "block-1", "block-2"} and sorted(rows.values()) == [1, 2, 3]
+    spans_of = Counter(span["tid"] for span in spans(path))
+    assert spans_of == {0: 1, 1: 1000, 2: 1000, 3: 1000}
 
 
 WRITER = """

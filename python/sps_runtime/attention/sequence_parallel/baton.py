@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,6 +25,11 @@ class Baton:
         self.waiting: set[tuple[int, int]] = set()
         self._idle_since = time.monotonic()
         self._failed = False
+
+    def expect(self, turns: Iterable[tuple[int, int]]) -> None:
+        """Turns that threads will take which have not begun yet: none goes before its turn."""
+        with self.changed:
+            self.waiting.update(turns)
 
     def take(self, turn: tuple[int, int]) -> None:
         """Wait for the right to compute; `turn` is (layer, block)."""

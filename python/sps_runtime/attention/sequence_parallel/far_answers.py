@@ -29,8 +29,8 @@ class Coming:
 
     pending: dict[int, Pending]
     rooms: dict[int, list[Tensor | None]]
+    locks: dict[int, threading.Lock]
     known: set[int] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass

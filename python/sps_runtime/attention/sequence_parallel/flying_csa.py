@@ -114,7 +114,9 @@ class FlyingCsa:
         self._old_sent: set[int] = set()
         self._clerks = [
             threading.Thread(
-                target=Clerk(flight, self._far, reader, block, index).serve, daemon=True
+                target=Clerk(flight, self._far, reader, block, index).serve,
+                name=f"answers-{reader}-{block}",
+                daemon=True,
             )
             for reader in range(size)
             for block in range(len(flight.plans))
@@ -214,25 +216,28 @@ class FlyingCsa:
                 coming[parcel] = flight.post(SUMMARIES, layer, parcel, [None] * size, parts)
         asked = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
         mirror = Mirror(flight.step, layer)
-        return _Layer(mirror, Coming(coming, rooms), asked, asked.copy())
+        locks = {parcel: threading.Lock() for parcel in coming}
+        return _Layer(mirror, Coming(coming, rooms, locks), asked, asked.copy())
 
     # -- a block's own
 
     def _learn(self, block: int, layer: int, turn: Turn, coming: Coming) -> None:
         """Wait for the summaries of all pages that it may choose."""
-        for parcel in self._blocks[block].parcels:
-            if parcel not in coming.known and parcel in coming.pending:
-                with self._flight.baton.lent(turn), coming.lock:
+        mine = [parcel for parcel in self._blocks[block].parcels if parcel in coming.pending]
+        if not coming.known.issuperset(mine):
+            with self._flight.baton.lent(turn):
+                for parcel in mine:
                     self._keep(layer, coming, parcel)
 
     def _keep(self, layer: int, coming: Coming, parcel: int) -> None:
-        if parcel in coming.known:
-            return
-        coming.pending[parcel].wait()
-        for owner, came in enumerate(coming.rooms.pop(parcel)):
-            index = self._due(parcel, owner, self._flight.step.me)
-            self._far.keep_summaries(layer, owner, index, came)
-        coming.known.add(parcel)
+        with coming.locks[parcel]:
+            if parcel in coming.known:
+                return
+            coming.pending[parcel].wait()
+            for owner, came in enumerate(coming.rooms.pop(parcel)):
+                index = self._due(parcel, owner, self._flight.step.me)
+                self._far.keep_summaries(layer, owner, index, came)
+            coming.known.add(parcel)
 
     def _rows(
         self,

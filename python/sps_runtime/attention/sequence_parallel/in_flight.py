@@ -36,6 +36,8 @@ KINDS = 8
 """Kinds of messages that a strategy may tell apart."""
 HURRY = 1 << 20
 """Taken off a turn's layer by what is short and lets others begin: it goes first."""
+BEGIN = -1
+"""The layer of a turn that begins: before any block attends, all have made what others wait for."""
 OLD = 0
 """The parcel of pages that were there before the step; block b's is 1 + b."""
 
@@ -116,6 +118,7 @@ class Flight:
         step: the whole step.
         rows: (begin, end) of each block's rows among the step's on this rank.
         blocks: those that fly on this rank.
+        turns: where each of them stands.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Flight:
         some = tuple(block for block, rows in enumerate(mine) if rows)
         self.blocks = tuple(range(len(plans))) if self.strategy.everywhere else some or (0,)
         self._written = dict.fromkeys(self.blocks, -1)
+        self.turns = {block: (BEGIN, block) for block in self.blocks}
 
     def parcels(self) -> Ints:
         """The parcel of each page of the step's table."""
@@ -171,6 +175,10 @@ class Flight:
             self.baton.changed.notify_all()
         if min(self._written.values()) == layer:
             self.step.publish(layer)
+
+    def offer(self, block: int) -> None:
+        """Between two operations of a block: let those compute that stand before it."""
+        self.baton.offer(self.turns[block])
 
     def go_on(self, block: int, layer: int) -> None:
         """Everything that others need has left: let those compute that stand before this block,
@@ -263,6 +271,7 @@ class BlockAttention:
         window: int | None = None,
     ) -> Tensor:
         flight, block = self._flight, self._block
+        flight.turns[block] = (layer, block)
         flight.enter(block, layer)
         self._step.write(layer, k_TKD, v_TKD)
         flight.strategy.wrote(block, layer)
