@@ -3,6 +3,8 @@
 #   make serve                        the embedded model on two CPU ranks at 127.0.0.1:30000
 #   make serve ARGS="--model-path DIR --sp-size 2"
 #   make test                         all that CI runs;  PYTEST_ARGS="test/unit -k radix" for a part
+#   make test-clients                 real clients, each in an environment of its own (docs/howto/clients.md);
+#                                     CLIENTS="litellm lm-eval" for some of them
 #   make sanitize                     the kernels' tests under sanitizers, which CI runs beside that
 #   make TORCH="torch==2.13.0 --index-url URL" serve
 #                                     another build of torch: the default one brings gigabytes of CUDA
@@ -14,6 +16,7 @@ TORCH ?= torch==2.13.0
 KERNEL ?= auto
 ARGS ?= --sp-size 2
 PYTEST_ARGS ?=
+CLIENTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +27,7 @@ TORCH_FREE := types config ipc telemetry costmodel kvcache grammar scheduler fro
 CHECKED := $(wildcard $(addprefix python/sps_runtime/,$(TORCH_FREE))) \
 	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py registry.py))
 
-.PHONY: serve test check lint types pytest sanitize format setup doctor clean
+.PHONY: serve test test-clients check lint types pytest sanitize format setup doctor clean
 
 serve: setup
 	$(BIN)/sps serve $(ARGS)
@@ -46,6 +49,10 @@ types: setup
 
 pytest: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Clients' environments lie under .venv-clients and are made again when what they need changes.
+test-clients: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=python:. $(BIN)/python -m test.clients.run --torch "$(TORCH)" $(CLIENTS)
 
 # The kernels' tests under the address and undefined-behaviour sanitizers: a CI job of its own.
 sanitize: setup $(STAMPS)/kernel-tools
@@ -90,5 +97,5 @@ $(STAMPS)/kernel: $(STAMPS)/package $(KERNEL_SOURCES)
 FORCE:
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

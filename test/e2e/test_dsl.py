@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from test.kit.echo_http import EchoHttp
 
-PROGRAMS = Path(__file__).parents[1] / "clients" / "dsl_programs.py"
+CLIENTS = Path(__file__).parents[1] / "clients"
+PROGRAMS = CLIENTS / "dsl_programs.py"
 HAS_SGLANG = importlib.util.find_spec("sglang") is not None
 needs_sglang = pytest.mark.skipif(not HAS_SGLANG, reason="the extra [dsl] is not installed")
 
@@ -23,12 +24,17 @@ def server() -> Iterator[EchoHttp]:
         yield running
 
 
-def run(program: Path, backend: str) -> list[str]:
+def printed(program: Path, backend: str) -> list[str]:
     """What `program` prints."""
     command = [sys.executable, str(program), backend]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def run(program: Path, backend: str) -> list[str]:
+    """What our own programs print, all of them."""
+    lines = printed(program, backend)
     assert lines[-1].endswith("all 9")
     return lines[:-1]
 
@@ -47,6 +53,19 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_sglang
 def test_programs_run_unmodified(server: EchoHttp) -> None:
     run(PROGRAMS, server.url)
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("script", "checks", "skipped"),
+    [("dsl_test_programs.py", 18, 1), ("dsl_documented.py", 16, 0)],
+)
+def test_its_own_tests_and_documented_uses_pass(
+    server: EchoHttp, script: str, checks: int, skipped: int
+) -> None:
+    lines = printed(CLIENTS / script, server.url)
+    assert sum(line.startswith("ok ") for line in lines) == checks, lines
+    assert sum(line.startswith("skip ") for line in lines) == skipped, lines
 
 
 def test_our_front_end_gives_the_same_with_and_without_a_server(
