@@ -220,3 +220,30 @@ def test_flush_cache(http: httpx.Client) -> None:
 def test_probes(http: httpx.Client) -> None:
     for path in ("/livez", "/readyz", "/ready", "/health", "/ping", "/health_generate"):
         assert http.get(path).status_code == 200, path
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_expressions_stop_and_are_trimmed(http: httpx.Client, keep: bool) -> None:
+    """The fake engine says the prompt again and again."""
+    sampling = {"max_new_tokens": 200, "stop_regex": [r"j\w+s", "z{9}"], "no_stop_trim": keep}
+    body = {"text": "the quick brown fox jumps over the lazy dog ", "sampling_params": sampling}
+    whole = http.post("/generate", json=body).json()
+    assert whole["text"] == "the quick brown fox " + "jumps" * keep
+    reason = {"type": "stop", "matched": r"j\w+s"}
+    assert whole["meta_info"]["finish_reason"] == reason
+    streamed = events(http, body)
+    assert streamed[-1]["text"] == whole["text"]
+    assert streamed[-1]["meta_info"]["finish_reason"] == reason
+    assert all(whole["text"].startswith(event["text"]) for event in streamed)
+
+
+def test_expressions_stop_on_openai_routes(http: httpx.Client) -> None:
+    body = {"prompt": "number 1234 of 5", "max_tokens": 100, "stop_regex": r"\d{4}"}
+    answer = http.post("/v1/completions", json=body)
+    assert "x-sps-ignored" not in answer.headers
+    (choice,) = answer.json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("number ", "stop")
+    assert choice["matched_stop"] == r"\d{4}"
+    refused = http.post("/v1/completions", json={**body, "stop_regex": "(?=a)b"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "stop_regex"
+    assert refused.json()["error"]["code"] == "invalid_regex"

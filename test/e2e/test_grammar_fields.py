@@ -107,7 +107,9 @@ def test_refused_native(http: httpx.Client) -> None:
     for sampling, param in (
         ({"json_schema": "{"}, "sampling_params.json_schema"),
         ({"regex": "a", "json_schema": "{}"}, "sampling_params.regex and"),
-        ({"stop_regex": "a"}, "sampling_params.stop_regex"),
+        ({"stop_regex": "a$"}, "sampling_params.stop_regex"),
+        ({"stop_regex": ["a", "(b"]}, "sampling_params.stop_regex"),
+        ({"stop_regex": "a{300}"}, "sampling_params.stop_regex"),
     ):
         answer = http.post("/generate", json={"text": "a", "sampling_params": sampling})
         assert answer.status_code == 400

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sps_runtime.frontend.regex_program import Program
 from sps_runtime.frontend.stop_matcher import StopMatcher
 
 REPLACEMENT = "\ufffd"
@@ -92,7 +93,7 @@ class TextDelta:
     Attributes:
         text: characters that may be shown now.
         used: how many of the pushed tokens count; fewer than pushed after a match.
-        matched: the stop string that the last used token completed, or None.
+        matched: the stop string or expression that the last used token completed, or None.
     """
 
     text: str
@@ -106,14 +107,21 @@ class TextStream:
     Args:
         decoder: a fresh decoder.
         stops: stop strings, perhaps none.
-        keep_stop: show the matched stop string.
+        keep_stop: show the text that matched.
+        regexes: expressions that end the text as well.
     """
 
     def __init__(
-        self, decoder: IncrementalDecoder, stops: Sequence[str] = (), *, keep_stop: bool = False
+        self,
+        decoder: IncrementalDecoder,
+        stops: Sequence[str] = (),
+        *,
+        keep_stop: bool = False,
+        regexes: Program | None = None,
     ) -> None:
         self._decoder = decoder
-        self._matcher = StopMatcher(stops, keep=keep_stop) if stops else None
+        wanted = stops or regexes is not None
+        self._matcher = StopMatcher(stops, keep=keep_stop, regexes=regexes) if wanted else None
 
     def push(self, ids: Sequence[int]) -> TextDelta:
         """Take newly generated ids. Nothing may be pushed after a match."""

@@ -23,6 +23,7 @@ from sps_runtime.frontend.observer import NullObserver, RequestObserver
 from sps_runtime.frontend.output_group import OutputGroup
 from sps_runtime.frontend.prompt_encoder import PromptEncoder
 from sps_runtime.frontend.query import Query
+from sps_runtime.frontend.regex_program import compile_patterns
 from sps_runtime.frontend.request_state import CLIENT_CLOSED, Finish, RequestState
 from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.frontend.validation import Gate
@@ -203,7 +204,8 @@ class TokenizerManager:
         return group
 
     def _new_state(self, query: Query, request: GenerateRequest, index: int) -> RequestState:
-        options = query.options
+        options, sampling = query.options, request.sampling
+        regexes = compile_patterns(sampling.stop_regex) if sampling.stop_regex else None
         keep_stop = bool(options.no_stop_trim)
         decoder = self.tokenizer.decoder(
             skip_special_tokens=options.skip_special_tokens is not False
@@ -212,7 +214,7 @@ class TokenizerManager:
             request,
             index,
             query.label,
-            TextStream(decoder, request.sampling.stop, keep_stop=keep_stop),
+            TextStream(decoder, sampling.stop, keep_stop=keep_stop, regexes=regexes),
             keep_stop=keep_stop,
             observer=self._observer,
             clock=self._clock,

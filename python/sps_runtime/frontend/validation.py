@@ -23,6 +23,8 @@ from sps_runtime.frontend.query import (
     TextPrompt,
     TokenPrompt,
 )
+from sps_runtime.frontend.regex_program import compile_patterns
+from sps_runtime.frontend.regex_syntax import RegexError
 from sps_runtime.types.attention import AttentionSpec
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.request import GenerateRequest
@@ -211,7 +213,8 @@ class Gate:
             repetition_penalty=self._repetition_penalty(query, fields),
             logit_bias=self._logit_bias(options, fields),
             seed=self._seeds() & _SEED_MASK if seed is None else seed & _SEED_MASK,
-            stop=self._stop(options, fields),
+            stop=self._stop("stop", options.stop, fields),
+            stop_regex=self._stop_regex(options, fields),
             stop_token_ids=self._stop_ids(options, fields),
             ignore_eos=bool(options.ignore_eos),
         )
@@ -280,19 +283,28 @@ class Gate:
             for token, value in bias.items()
         }
 
-    def _stop(self, options: SamplingOptions, fields: _Fields) -> tuple[str, ...]:
-        stops = options.stop
-        if stops is None:
+    def _stop(self, field: str, told: str | list[str] | None, fields: _Fields) -> tuple[str, ...]:
+        """Stop strings or expressions."""
+        if told is None:
             return ()
-        listed = (stops,) if isinstance(stops, str) else tuple(stops)
+        listed = (told,) if isinstance(told, str) else tuple(told)
         if len(listed) > self.limits.max_stop_strings:
-            raise fields.fail("stop", f"has more than {self.limits.max_stop_strings} strings")
+            raise fields.fail(field, f"has more than {self.limits.max_stop_strings} strings")
         for stop in listed:
             if not isinstance(stop, str) or not 1 <= len(stop) <= self.limits.max_stop_chars:
                 raise fields.fail(
-                    "stop", f"must hold strings of 1 to {self.limits.max_stop_chars} characters"
+                    field, f"must hold strings of 1 to {self.limits.max_stop_chars} characters"
                 )
         return tuple(dict.fromkeys(listed))
+
+    def _stop_regex(self, options: SamplingOptions, fields: _Fields) -> tuple[str, ...]:
+        patterns = self._stop("stop_regex", options.stop_regex, fields)
+        if patterns:
+            try:
+                compile_patterns(patterns)
+            except RegexError as error:
+                raise fields.fail("stop_regex", str(error), code="invalid_regex") from None
+        return patterns
 
     def _stop_ids(self, options: SamplingOptions, fields: _Fields) -> tuple[int, ...]:
         ids = options.stop_token_ids or []

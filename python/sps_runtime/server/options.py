@@ -19,7 +19,6 @@ IGNORED_HEADER = "x-sps-ignored"
 _MAX_NAMED = 20
 
 _FOREIGN = {
-    "stop_regex",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
     "custom_logit_processor",

@@ -42,6 +42,7 @@ _SAMPLING_FIELDS = (
     "logit_bias",
     "sampling_seed",
     "stop",
+    "stop_regex",
     "stop_token_ids",
     "n",
 )

@@ -14,14 +14,13 @@ from sps_runtime.server.body import NOTHING, decode, is_nothing
 from sps_runtime.server.grammars import Grammar, given, only
 from sps_runtime.types.errors import InvalidRequest
 
-_UNSUPPORTED = ("stop_regex", "custom_params")
+_UNSUPPORTED = ("custom_params",)
 SAMPLING = "sampling_params"
 
 
 class NativeSampling(SamplingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``sampling_params``: unknown keys are an error."""
 
-    stop_regex: Any = None
     json_schema: Any = None
     regex: str | None = None
     ebnf: str | None = None

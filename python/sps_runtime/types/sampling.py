@@ -12,7 +12,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """How one request's tokens are chosen and when it stops.
 
     Made by the one gate `frontend.validation`; nothing behind the gate checks a range again.
-    Stop strings are matched on text by the detokenizer, stop ids by the scheduler.
+    Stop strings and expressions are matched on text by the detokenizer, stop ids by the scheduler.
 
     Attributes:
         max_new_tokens: tokens to generate at most, >= 0 (0: prefill only).
@@ -27,6 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         seed: the key of the counter-based generator; the token at position p depends on
             (seed, p) and its logits alone. Always set: the gate draws one where the client did not.
         stop: strings that end the text.
+        stop_regex: expressions that end the text.
         stop_token_ids: ids that end the text, EOS ids excluded.
         ignore_eos: do not stop at the model's EOS ids. Without effect under a grammar, which says
             itself where an answer may end.
@@ -46,6 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     logit_bias: dict[int, float] = {}
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: str = ""
