@@ -7,9 +7,11 @@ import random
 
 import pytest
 import torch
+from test.kit.fake_flashinfer import FakeFlashInfer
 
 from sps_runtime.attention.backend import AttentionBackend, PageLists, PagePool, QueryRun
 from sps_runtime.attention.cpu import KernelBackend
+from sps_runtime.attention.flashinfer import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops import reference
 
@@ -25,6 +27,8 @@ random.Random(1).shuffle(CELLS)
 def backend_of(name: str) -> AttentionBackend:
     if name == "torch":
         return TorchBackend()
+    if name == "flashinfer":
+        return FlashInferBackend(FakeFlashInfer(), TorchBackend(), torch.device("cpu"))
     return KernelBackend(pytest.importorskip("sps_kernel"))
 
 
@@ -64,7 +68,7 @@ def check(backend: AttentionBackend, cell: tuple, seed: int, dtype: torch.dtype)
     assert (got.o[others] == 0).all() and got.lse[others].isneginf().all()
 
 
-@pytest.mark.parametrize("name", ["torch", "sps_kernel"])
+@pytest.mark.parametrize("name", ["torch", "sps_kernel", "flashinfer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_partials_over_any_pages(name: str, dtype: torch.dtype) -> None:
     backend = backend_of(name)
@@ -72,7 +76,7 @@ def test_partials_over_any_pages(name: str, dtype: torch.dtype) -> None:
         check(backend, cell, seed, dtype)
 
 
-@pytest.mark.parametrize("name", ["torch", "sps_kernel"])
+@pytest.mark.parametrize("name", ["torch", "sps_kernel", "flashinfer"])
 def test_no_queries_and_no_runs(name: str) -> None:
     backend = backend_of(name)
     pool = PagePool([torch.zeros(2, 2, 16, 16)], [torch.zeros(2, 2, 16, 16)], 2)
@@ -82,7 +86,7 @@ def test_no_queries_and_no_runs(name: str) -> None:
     assert (unseen.o == 0).all() and unseen.lse.isneginf().all()
 
 
-@pytest.mark.parametrize("name", ["torch", "sps_kernel"])
+@pytest.mark.parametrize("name", ["torch", "sps_kernel", "flashinfer"])
 def test_a_pool_that_cannot_be_read_may_stand_anywhere(name: str) -> None:
     backend = backend_of(name)
     empty, some = torch.zeros(0, 1, 16, 8), torch.randn(3, 1, 16, 8)
@@ -93,7 +97,7 @@ def test_a_pool_that_cannot_be_read_may_stand_anywhere(name: str) -> None:
     assert got.o.isfinite().all() and got.lse.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["torch", "sps_kernel"])
+@pytest.mark.parametrize("name", ["torch", "sps_kernel", "flashinfer"])
 @pytest.mark.parametrize("window", [None, 70])
 def test_a_list_for_each_block_and_kv_head(name: str, window: int | None) -> None:
     """Random lists in random order; some are empty, and one (block, head) is in no item."""

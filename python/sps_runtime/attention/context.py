@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from sps_runtime.attention.backend import AttentionBackend, PagePool
 from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import LayerFence
@@ -62,6 +64,11 @@ class AttentionContext:
         readable = tuple(host == here for host in self.hosts)
         if len(self.hosts) != self.mesh.sp_size or self.store.readable != readable:
             raise ValueError(f"pools {self.store.readable} do not fit hosts {self.hosts}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where pages, and all that is computed from them, lie."""
+        return self.store.own.k.device
 
     def pages(self, layer: int) -> PagePool:
         """All pools of a layer, as far as they can be read."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import QueryRun
 from sps_runtime.attention.shard_layout import Ints, Runs, ShardLayout
+from sps_runtime.ops.devices import upload
 
 Mask = npt.NDArray[np.bool_]
 
@@ -134,4 +135,11 @@ class RowSet:
 
     def take(self, x: Tensor) -> Tensor:
         """These rows of x; x itself where they are all of them."""
-        return x if self.index is None else x[self.index]
+        index = self.on(x.device)
+        return x if index is None else x[index]
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """`index` on a device; it goes there once."""
+        if self.index is not None and self.index.device != device:
+            self.index = upload(self.index.cpu().numpy(), device)
+        return self.index

@@ -12,6 +12,7 @@ from sps_runtime.config.scheduler import SchedulerConfig
 
 Device = Literal["cpu", "cuda", "echo"]
 DType = Literal["auto", "bfloat16", "float32"]
+DeviceLinks = Literal["auto", "nccl", "ipc", "host"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class EngineConfig:
     dtype: of weights and activations; ``auto`` takes the checkpoint's where this device has it.
     device: ``echo`` runs no model at all: ranks that store (token, position) as "KV" and answer
         with hashes of what they read back through the page tables. For tests.
+    gpus: the GPU of each local rank, in rank order; several ranks may share one.
+    device_links: how ranks on GPUs of one host exchange tensors: ``nccl`` (a GPU each), ``ipc``
+        (memory that they map from one another), ``host`` (through pinned host memory).
     quantization: ``int8`` or ``int4`` rounds the weights of linear layers when they are loaded.
     weight_cache_dir: where packed weights are kept for the next start; "": nowhere.
     load_format: ``auto`` or ``safetensors`` reads weights, ``dummy`` makes random ones.
@@ -44,6 +48,8 @@ class EngineConfig:
     tokenizer_path: str = ""
     dtype: DType = "auto"
     device: Device = "cpu"
+    gpus: tuple[int, ...] = ()
+    device_links: DeviceLinks = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     weight_cache_dir: str = ""

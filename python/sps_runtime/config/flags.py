@@ -20,6 +20,7 @@ from sps_runtime.config.server import ServerConfig
 from sps_runtime.config.unsupported import sort_out
 from sps_runtime.types.errors import ConfigError
 
+ATTENTION_BACKENDS = ["auto", "sps_kernel", "torch", "flashinfer", "triton"]
 _DTYPES = {"float": "float32", "bf16": "bfloat16", "fp32": "float32"}
 _STRATEGIES = {"pass-kv": "pass_kv", "pass-q": "pass_q"}
 
@@ -152,7 +153,14 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
     add("--context-length", type=int, help="longest prompt plus answer; the model's unless told")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "echo"], help=_ECHO_HELP)
-    add("--attention-backend", default="auto", choices=["auto", "sps_kernel", "torch"])
+    add("--attention-backend", default="auto", choices=ATTENTION_BACKENDS)
+    add("--base-gpu-id", type=int, default=0, help="the first GPU that ranks of this host use")
+    add(
+        "--device-links",
+        default="auto",
+        choices=["auto", "nccl", "ipc", "host"],
+        help="how ranks on GPUs of one host exchange tensors",
+    )
     add(
         "--grammar-backend",
         default="llguidance",
@@ -264,6 +272,8 @@ def _engine_options(parsed: argparse.Namespace) -> EngineOptions:
         tokenizer_path=parsed.tokenizer_path,
         dtype=dtype,
         device=parsed.device,
+        base_gpu_id=parsed.base_gpu_id,
+        device_links=parsed.device_links,
         load_format=parsed.load_format,
         quantization=parsed.quantization,
         weight_cache_dir=parsed.weight_cache_dir,

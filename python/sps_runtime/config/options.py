@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sps_runtime.config.attention import AttentionConfig, attention_config, attention_names
+from sps_runtime.config.engine import DeviceLinks
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.types.errors import ConfigError
@@ -27,6 +28,7 @@ class EngineOptions:
         max_total_tokens: tokens of KV over all ranks.
         pages_per_rank: the same, told in pages of one SP rank.
         mem_fraction_static: share of this host's free memory for KV (SGLang's name).
+        base_gpu_id: the first GPU that ranks of this host use (SGLang's name).
         cpu_bind: ``auto`` binds each rank to cores of its own where there are enough, ``none``
             does not, ``0-3|4-7`` tells the CPUs of each rank of this host.
         trace_file: write a timeline of steps here, for Perfetto or chrome://tracing.
@@ -37,6 +39,8 @@ class EngineOptions:
     tokenizer_path: str = ""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: DeviceChoice = "auto"
+    base_gpu_id: int = 0
+    device_links: DeviceLinks = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     weight_cache_dir: str = "auto"

@@ -31,9 +31,11 @@ class KVPool:
         ).unbind(0)
 
     @classmethod
-    def private(cls, shape: KVShape, dtype: torch.dtype) -> KVPool:
-        """A pool in this process's own memory."""
-        return cls(shape, torch.zeros(2 * shape.half_elements, dtype=dtype))
+    def private(
+        cls, shape: KVShape, dtype: torch.dtype, device: torch.device | None = None
+    ) -> KVPool:
+        """A pool in this process's own memory, or in a GPU's."""
+        return cls(shape, torch.zeros(2 * shape.half_elements, dtype=dtype, device=device))
 
     @classmethod
     def shared(

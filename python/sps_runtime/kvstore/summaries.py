@@ -38,9 +38,9 @@ class SummaryShape:
     def view(self, flat: Tensor) -> Tensor:
         return flat.view(self.layers, self.slots, self.kv_heads, self.nbytes)
 
-    def private(self) -> Tensor:
-        """Room in this process's own memory."""
-        return self.view(torch.zeros(self.total, dtype=torch.uint8))
+    def private(self, device: torch.device | None = None) -> Tensor:
+        """Room in this process's own memory, or in a GPU's."""
+        return self.view(torch.zeros(self.total, dtype=torch.uint8, device=device))
 
     def shared(self, descriptor: int, *, writable: bool = True) -> Tensor:
         """A shared region: one's own (writable) or a peer's (read only)."""

@@ -7,8 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +14,7 @@ from typing import Literal
 from sps_runtime import __version__
 from sps_runtime.config.environment import own_allocator_settings, weight_cache_dir
 from sps_runtime.launch.binding import bind
+from sps_runtime.launch.devices import Gpu, probe_gpus
 from sps_runtime.launch.sizing import available_memory
 from sps_runtime.launch.topology import format_cpus, read_topology
 
@@ -152,30 +151,40 @@ def _weight_cache() -> Finding:
 
 
 def _gpus() -> list[Finding]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return [Finding("note", "gpu", "none seen (no nvidia-smi)")]
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return [Finding("note", "gpu", f"nvidia-smi fails: {type(error).__name__}")]
-    unused = "this version runs ranks on CPUs only; the GPU stays idle"
-    return [Finding("note", "gpu", line, unused) for line in done.stdout.splitlines()]
+    """The GPUs that ranks would run on, and what is there of what they need."""
+    probe = probe_gpus()
+    if not probe.gpus:
+        return [
+            Finding("note", "gpu", f"none ({probe.why or 'torch sees none'}): ranks run on CPUs")
+        ]
+    findings = [_gpu(gpu) for gpu in probe.gpus]
+    for module, distribution, purpose, cost in _ON_GPUS:
+        if importlib.util.find_spec(module):
+            findings.append(Finding("ok", module, f"{_version(distribution)}, {purpose}"))
+        else:
+            how = f"{cost}; pip install '{distribution}' (extra [gpu])"
+            findings.append(Finding("missing", module, f"not installed ({purpose})", how))
+    return findings
+
+
+def _gpu(gpu: Gpu) -> Finding:
+    major, minor = gpu.capability
+    memory = f"{gpu.free_bytes / 2**30:.1f} of {gpu.total_bytes / 2**30:.1f} GiB free"
+    found = f"{gpu.name}, sm_{major}{minor}, {memory}"
+    old = "compiled and tested for sm_80 and later" if major < 8 else ""
+    return Finding("note" if old else "ok", f"gpu {gpu.index}", found, old)
+
+
+_ON_GPUS = (
+    ("flashinfer", "flashinfer-python", "attention", "attention is several times slower"),
+    ("triton", "triton", "kernels beside attention", "no sparse attention, slower layers"),
+)
 
 
 def _backends() -> list[Finding]:
-    optional = (
-        ("flashinfer", "flashinfer-python", "attention on GPUs"),
-        ("triton", "triton", "kernels on GPUs"),
-        ("llguidance", "llguidance", "constrained decoding"),
-    )
-    return [
-        Finding("ok", module, _version(distribution))
-        if importlib.util.find_spec(module)
-        else Finding("note", module, f"not installed ({purpose}; not used by this version)")
-        for module, distribution, purpose in optional
-    ]
+    if importlib.util.find_spec("llguidance"):
+        return [Finding("ok", "llguidance", _version("llguidance"))]
+    return [Finding("note", "llguidance", "not installed (constrained decoding)")]
 
 
 def _version(distribution: str) -> str:

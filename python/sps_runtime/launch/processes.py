@@ -28,6 +28,7 @@ from sps_runtime.telemetry import timeline
 SCHEDULER_MODULE = "sps_runtime.scheduler.process"
 RANK_MODULES = {
     "cpu": "sps_runtime.runner.process",
+    "cuda": "sps_runtime.runner.process",
     "echo": "sps_runtime.runner.echo_process",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 from sps_runtime.config.cache import CacheConfig, kv_row, resolve_kv_dtype
 from sps_runtime.config.engine import EngineConfig
@@ -14,6 +13,7 @@ from sps_runtime.config.options import EngineOptions
 from sps_runtime.kvcache.eviction import make_eviction
 from sps_runtime.launch.binding import bind
 from sps_runtime.launch.claims import claimed_cpus
+from sps_runtime.launch.devices import Placed, choose_device, pages_on_gpus
 from sps_runtime.launch.topology import read_topology
 from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.types.errors import ConfigError
@@ -21,6 +21,7 @@ from sps_runtime.types.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 64
+GPU_PAGE_SIZE = 128
 DEFAULT_KV_SHARE = 0.5
 DEFAULT_TOKENS_CAP = 1 << 20
 """Tokens of KV at most unless told: more helps few, and holds memory that others may need."""
@@ -36,6 +37,7 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
     make_policy(options.scheduler.policy)  # an unknown name ends the start here
     make_eviction(options.eviction)
     parallel = options.parallel
+    placed = choose_device(options, parallel.world_size // parallel.nnodes)
     dtype = model.resolve_dtype(options.dtype)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     local_ranks = parallel.world_size // parallel.nnodes
@@ -43,12 +45,15 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         options.cpu_bind, local_ranks, options.threads_per_rank, read_topology(), claimed_cpus()
     )
     logger.info("%d threads a rank, %s", binding.threads, binding.why)
-    page_size = options.page_size or DEFAULT_PAGE_SIZE
+    on_gpus = placed.device == "cuda"
+    page_size = options.page_size or (GPU_PAGE_SIZE if on_gpus else DEFAULT_PAGE_SIZE)
     return EngineConfig(
         model_path=str(model_dir),
         tokenizer_path=options.tokenizer_path or str(model_dir),
         dtype="bfloat16" if dtype == "bfloat16" else "float32",
-        device=_device(options),
+        device=placed.device,
+        gpus=placed.gpus,
+        device_links=options.device_links,
         load_format=options.load_format,
         quantization=options.quantization,
         weight_cache_dir=weight_cache_dir(options.weight_cache_dir),
@@ -68,22 +73,12 @@ def settle(options: EngineOptions, model: ModelConfig, model_dir: Path) -> Engin
         attention=options.attention,
         cache=CacheConfig(
             page_size=page_size,
-            pages_per_rank=_pages_per_rank(options, model, kv_dtype, page_size),
+            pages_per_rank=_pages_per_rank(options, model, kv_dtype, page_size, placed),
             enable_prefix_cache=options.enable_prefix_cache,
             eviction=options.eviction,
             kv_dtype=kv_dtype,
         ),
     )
-
-
-def _device(options: EngineOptions) -> Literal["cpu", "cuda", "echo"]:
-    if options.device == "auto":
-        return "cpu"
-    if options.device == "echo" and options.parallel.nnodes > 1:
-        raise ConfigError("device echo runs on one host: its ranks read one another's memory")
-    if options.device == "cuda":
-        raise ConfigError("device cuda: this version has no attention backend for GPUs; use cpu")
-    return options.device
 
 
 def kv_bytes_per_token(model: ModelConfig, tp_size: int, kv_dtype: str) -> int:
@@ -94,7 +89,7 @@ def kv_bytes_per_token(model: ModelConfig, tp_size: int, kv_dtype: str) -> int:
 
 
 def _pages_per_rank(
-    options: EngineOptions, model: ModelConfig, kv_dtype: str, page_size: int
+    options: EngineOptions, model: ModelConfig, kv_dtype: str, page_size: int, placed: Placed
 ) -> int:
     """Pages of one SP rank: as told, else a share of what is free, within reason."""
     sp_size, tp_size = options.parallel.sp_size, options.parallel.tp_size
@@ -107,6 +102,8 @@ def _pages_per_rank(
         per_token = ECHO_BYTES_PER_TOKEN
     if options.parallel.nnodes > 1:  # all hosts must choose the same, whatever memory they have
         return DEFAULT_TOKENS_CAP // (sp_size * page_size)
+    if placed.device == "cuda":
+        return pages_on_gpus(options, model, kv_dtype, page_size, placed)
     free = available_memory()
     share = options.mem_fraction_static or DEFAULT_KV_SHARE
     tokens = int(free * share) // per_token

@@ -63,9 +63,11 @@ class Arena:
         return {name: self.matrix(entry) for name, entry in self.layout.of(tp_rank, linear=True)}
 
 
-def private_arena(layout: Layout, fill: Callable[[Arena], None]) -> Arena:
-    """An arena in this process's own memory."""
-    arena = Arena(layout, torch.empty(layout.nbytes, dtype=torch.uint8))
+def private_arena(
+    layout: Layout, fill: Callable[[Arena], None], device: torch.device | None = None
+) -> Arena:
+    """An arena in this process's own memory, or in a GPU's."""
+    arena = Arena(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
     fill(arena)
     return arena
 

@@ -41,12 +41,16 @@ class SafetensorsCheckpoint:
     Files are mapped, not read: a tensor's bytes come in when it is copied. They would count as this
     process's memory as long as their file is mapped, so maps are closed every `MAPPED_BYTES`.
 
+    Args:
+        device: where tensors are read to.
+
     Raises:
         ConfigError: when there are no such files, or one is broken.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device | None = None) -> None:
         self.directory = directory
+        self._device = str(device or "cpu")
         self._open: dict[str, safe_open] = {}
         self._read_bytes = 0
         self._file_of = self._files_of_index() or self._files_of_directory()
@@ -98,7 +102,7 @@ class SafetensorsCheckpoint:
         if name not in self._open:
             path = self.directory / name
             try:
-                self._open[name] = safe_open(str(path), framework="pt")
+                self._open[name] = safe_open(str(path), framework="pt", device=self._device)
             except (SafetensorError, OSError) as error:
                 raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
         return self._open[name]
@@ -121,15 +125,23 @@ class RandomWeights:
     """Weights drawn from a seed (``--load-format dummy``), each by its name alone.
 
     Matrices, tables and biases are normal with deviation 0.02; norms are near one.
+
+    Args:
+        device: where they are drawn: each kind of device draws others.
     """
 
-    def __init__(self, seed: int, deviation: float = 0.02) -> None:
+    def __init__(
+        self, seed: int, deviation: float = 0.02, device: torch.device | None = None
+    ) -> None:
         self.seed, self.deviation = seed, deviation
+        self._device = device or torch.device("cpu")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         # The CPU generator heeds only 32 bits of its seed, so both go through one hash.
-        generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{name}".encode()))
-        values = torch.empty(shape).normal_(0.0, self.deviation, generator=generator)
+        generator = torch.Generator(self._device)
+        generator.manual_seed(crc32(f"{self.seed}/{name}".encode()))
+        values = torch.empty(shape, device=self._device)
+        values.normal_(0.0, self.deviation, generator=generator)
         return values.add_(1.0) if "norm" in name else values
 
     def identity(self) -> str:

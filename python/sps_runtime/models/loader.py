@@ -77,8 +77,10 @@ def load_weights(
     spec: LoadSpec,
     shared: SharedWeights | None = None,
     ops: Operators = TORCH,
+    device: torch.device | None = None,
 ) -> Arena:
-    """The weights of all TP ranks, in shared memory or, without `shared`, in private memory.
+    """The weights of all TP ranks, in shared memory or, without `shared`, in private memory: this
+    process's, or `device`'s, where tensors are read to directly.
 
     Args:
         ops: what will multiply by them: weights are packed as it wants them.
@@ -89,10 +91,10 @@ def load_weights(
     layout = _plan(config, spec, ops)
 
     def fill(arena: Arena) -> None:
-        fill_arena(arena, _source(spec))
+        fill_arena(arena, _source(spec, device))
 
     if shared is None:
-        return private_arena(layout, fill)
+        return private_arena(layout, fill, device)
     if not shared.first:
         return open_shared_arena(layout, shared.fd)
     with first_rank(layout, shared.fd):
@@ -159,7 +161,7 @@ def _plan(config: ModelConfig, spec: LoadSpec, ops: Operators) -> Layout:
     return layout
 
 
-def _source(spec: LoadSpec) -> TensorSource:
+def _source(spec: LoadSpec, device: torch.device | None = None) -> TensorSource:
     if spec.load_format == "dummy":
-        return RandomWeights(spec.seed)
-    return SafetensorsCheckpoint(spec.directory)
+        return RandomWeights(spec.seed, device=device)
+    return SafetensorsCheckpoint(spec.directory, device)

@@ -51,7 +51,8 @@ class Operators(Elementwise, Protocol):
         offsets_T: Tensor,
     ) -> None:
         """Put token t's K and V at (slots_T[t], offsets_T[t]), int32 both, all pairs distinct, of
-        one layer's pools ``[slots, kv_heads, page_size, row]``; rows as `ops.kv_rows` has them."""
+        one layer's pools ``[slots, kv_heads, page_size, row]``; rows as `ops.kv_rows` has them.
+        Slot -1: nowhere."""
         ...
 
 
@@ -80,6 +81,9 @@ class TorchOperators(TorchElementwise):
         slots_T: Tensor,
         offsets_T: Tensor,
     ) -> None:
+        here = slots_T >= 0
+        if not here.all():
+            k_TKD, v_TKD, slots_T, offsets_T = k_TKD[here], v_TKD[here], slots_T[here], offsets_T[here]
         kv_format = row_format(k_pool, k_TKD.shape[-1])
         k_pool[slots_T, :, offsets_T] = encode(k_TKD, kv_format)
         v_pool[slots_T, :, offsets_T] = encode(v_TKD, kv_format)

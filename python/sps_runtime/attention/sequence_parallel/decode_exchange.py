@@ -56,7 +56,7 @@ def _share_heads(step: StepState, partial: Partial, q_THD: Tensor) -> Tensor:
 def _swap(step: StepState, parts: list[Partial], out_THD: Tensor) -> None:
     """Give each member its part, and merge what came with this rank's own into `out_THD`."""
     rows, heads, dim = out_THD.shape
-    dtype, nothing = out_THD.dtype, torch.empty(0, dtype=torch.uint8)
+    dtype, nothing = out_THD.dtype, out_THD.new_empty(0, dtype=torch.uint8)
     send = [
         nothing if m == step.me else pack(part.o, part.lse, dtype) for m, part in enumerate(parts)
     ]

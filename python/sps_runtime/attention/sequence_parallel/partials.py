@@ -20,7 +20,7 @@ def packed_bytes(rows: int, heads: int, dim: int, dtype: torch.dtype) -> int:
 def pack(o_THD: Tensor, lse_TH: Tensor, dtype: torch.dtype) -> Tensor:
     """A flat uint8 message. lse stays fp32 (bf16 lse drifts); o is rounded once, to `dtype`."""
     rows, heads, dim = o_THD.shape
-    message = torch.empty(packed_bytes(rows, heads, dim, dtype), dtype=torch.uint8)
+    message = o_THD.new_empty(packed_bytes(rows, heads, dim, dtype), dtype=torch.uint8)
     packed = unpack(message, rows, heads, dim, dtype)
     packed.o.copy_(o_THD)
     packed.lse.copy_(lse_TH)
@@ -47,6 +47,7 @@ def merge_home(
         others: the rows that each is of; no member twice.
     """
     for rows, part in others:
-        if rows.index is not None:
-            merge_rows_(own.o, own.lse, rows.index, part.o, part.lse)
+        index = rows.on(own.lse.device)
+        if index is not None:
+            merge_rows_(own.o, own.lse, index, part.o, part.lse)
     backend.merge([own, *(part for rows, part in others if rows.index is None)], out_THD)

@@ -76,7 +76,7 @@ class Replicated:
         dim = o_THD.shape[2]
         heads = shares(o_THD.shape[1], step.size)
         begin, end = heads[me]
-        nothing = torch.empty(0, dtype=torch.uint8)
+        nothing = o_THD.new_empty(0, dtype=torch.uint8)
         seen_o, seen_lse = seen.rows[me].take(o_THD), seen.rows[me].take(lse_TH)
         send = [
             nothing if member == me else pack(seen_o[:, first:last], seen_lse[:, first:last], dtype)

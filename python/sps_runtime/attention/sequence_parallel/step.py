@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.shard_layout import Ints, ShardLayout
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.kvstore.transfer import Shipment
+from sps_runtime.ops.devices import upload
 
 
 class StepState:
@@ -32,9 +32,10 @@ class StepState:
         self.peers = context.mesh.sp_peers(layout.group)
         self.communicator = context.mailroom.group(self.peers) if self.size > 1 else None
         writes = layout.writes(self.me)
-        self._rows = None if writes.rows is None else torch.from_numpy(writes.rows)
-        self._slots = torch.from_numpy(writes.slots.astype(np.int32))
-        self._offsets = torch.from_numpy(writes.offsets.astype(np.int32))
+        device = context.device
+        self._rows = None if writes.rows is None else upload(writes.rows, device)
+        self._slots = upload(writes.slots.astype(np.int32), device)
+        self._offsets = upload(writes.offsets.astype(np.int32), device)
 
     def same_host(self, a: int, b: int) -> bool:
         """Whether members a and b read each other's pools in place."""

@@ -1,0 +1,355 @@
+"""Partials by FlashInfer's kernels (Ye et al. 2025): paged prefill and decode, planned once a step.
+
+FlashInfer computes in two parts: `plan` reads page tables on the host and schedules work, `run`
+launches kernels. All layers of a step read the same tables (`attention.flashinfer_calls`), so a
+list of runs is planned when its first layer comes and the plan is kept while the step lasts. Lists
+of sparse attention are a layer's own: each is planned, with every KV head as a request by itself
+over a view of the pool whose pages hold one head.
+
+Its log-sum-exp is to base 2; ours is natural. Tested with 0.6.4 and 0.7.2's interfaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps_runtime.attention.backend import (
+    AttentionBackend,
+    PageLists,
+    PagePool,
+    Partial,
+    QueryRun,
+)
+from sps_runtime.attention.flashinfer_calls import Call, Calls, Items, plan_calls
+from sps_runtime.attention.flashinfer_wrappers import Planned, Wrappers
+from sps_runtime.ops.kv_rows import row_format
+from sps_runtime.ops.merge_state import merge_rows_, merge_states
+
+REMEMBERED = 8
+"""Lists of runs whose plans are kept: those of a step, by window and range of heads."""
+LN2 = math.log(2.0)
+_NOTHING = -5e4
+"""FlashInfer 0.6's log2 of no mass; its merge makes NaN of two -inf."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How queries and pools look to a plan.
+
+    Attributes:
+        heads, kv_heads: of a call; 1 KV head where each head is a request of its own.
+        rows: query rows of a call that takes all of them.
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    rows: int
+    page_size: int
+    slots: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Lists that were planned. Holds on to `lists`, so that no other gets its identity."""
+
+    lists: object
+    planned: tuple[tuple[Call, Planned], ...]
+    others: tuple[Items, ...]
+
+
+class FlashInferBackend:
+    """`attention.backend.AttentionBackend` over `flashinfer`.
+
+    Args:
+        library: the module.
+        fallback: computes windows over lists with gaps, which FlashInfer cannot express.
+        device: where pools and queries lie.
+    """
+
+    name = "flashinfer"
+    recordable = True
+
+    def __init__(
+        self, library: ModuleType, fallback: AttentionBackend, device: torch.device
+    ) -> None:
+        self._library = library
+        self._fallback = fallback
+        self._wrappers = Wrappers(library, device)
+        self._steps: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
+
+    def partial(
+        self,
+        q_THD: Tensor,
+        runs: Sequence[QueryRun],
+        pool: PagePool,
+        *,
+        scale: float,
+        window: int | None = None,
+        kv_heads: tuple[int, int] | None = None,
+    ) -> Partial:
+        if not runs or not q_THD.numel():
+            return _nothing(q_THD)
+        pools = _cut_heads(pool, kv_heads)
+        layout = _layout(q_THD, pools)
+        key = (id(runs), layout, scale, window)
+        step = self._steps.get(key) or self._plan(key, runs, _of_runs(runs), layout, scale, window)
+        partial = self._run(step, q_THD, pools, layout)
+        for others in step.others:
+            rest = _as_runs(others)
+            other = self._fallback.partial(q_THD, rest, pools, scale=scale, window=window)
+            merge_rows_(partial.o, partial.lse, None, other.o, other.lse)
+        return partial
+
+    def partial_lists(
+        self,
+        q_THD: Tensor,
+        lists: PageLists,
+        pool: PagePool,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Partial:
+        items = lists.items.cpu().numpy().astype(np.int64)
+        if not len(items) or not q_THD.numel():
+            return _nothing(q_THD)
+        if (items[:, 7] == _heads(pool)).all():
+            layout = _layout(q_THD, pool)
+            key = (id(lists), layout, scale, window)
+            step = self._steps.get(key)
+            if step is None:
+                step = self._plan(key, lists, _of_lists(lists, items), layout, scale, window)
+            if not step.others:
+                return self._run(step, q_THD, pool, layout)
+            return self._fallback.partial_lists(q_THD, lists, pool, scale=scale, window=window)
+        return self._each_head(q_THD, lists, items, pool, scale, window)
+
+    def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
+        dtypes = {partial.o.dtype for partial in partials}
+        if len(partials) < 2 or dtypes != {out_THD.dtype} or out_THD.dtype == torch.float32:
+            out_THD.copy_(merge_states([(partial.o, partial.lse) for partial in partials])[0])
+            return
+        o, lse = _base2(partials[0])
+        for partial in partials[1:]:
+            o, lse = self._library.merge_state(o, lse, *_base2(partial))
+        out_THD.copy_(o)
+
+    def refresh(self, lists: PageLists) -> None:
+        """Lists that were planned hold other values now: the same wrappers, which a graph may have
+        captured, are planned with them."""
+        for key, step in list(self._steps.items()):
+            if step.lists is not lists:
+                continue
+            _, layout, scale, window = key
+            items = _of_lists(lists, lists.items.cpu().numpy().astype(np.int64))
+            found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
+            if [c.kind for c in found.calls] != [c.kind for c, _ in step.planned] or found.others:
+                del self._steps[key]
+                continue
+            for call, (_, planned) in zip(found.calls, step.planned, strict=True):
+                planned.plan(call, **_arguments(layout, scale, window))
+            pairs = zip(found.calls, (planned for _, planned in step.planned), strict=True)
+            self._steps[key] = replace(step, planned=tuple(pairs))
+
+    def _plan(
+        self,
+        key: tuple[Any, ...],
+        lists: object,
+        items: Items,
+        layout: _Layout,
+        scale: float,
+        window: int | None,
+    ) -> _Step:
+        while len(self._steps) >= REMEMBERED:
+            _, old = self._steps.popitem(last=False)
+            self._wrappers.give_back(planned for _, planned in old.planned)
+        found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
+        step = _Step(lists, self._plans(found, layout, scale, window), found.others)
+        self._steps[key] = step
+        return step
+
+    def _plans(
+        self, found: Calls, layout: _Layout, scale: float, window: int | None
+    ) -> tuple[tuple[Call, Planned], ...]:
+        plans = []
+        for call in found.calls:
+            planned = self._wrappers.take(call, layout.heads // layout.kv_heads, layout.kv_dtype)
+            planned.plan(call, **_arguments(layout, scale, window))
+            plans.append((call, planned))
+        return tuple(plans)
+
+    def _run(self, step: _Step, q_THD: Tensor, pool: PagePool, layout: _Layout) -> Partial:
+        """All calls of a step over one layer; rows in no call get (0, -inf)."""
+        calls = step.planned
+        if len(calls) == 1 and calls[0][0].rows is None and not step.others:
+            call, planned = calls[0]
+            o, lse = planned.run(q_THD, *_sides(pool, call.pool, layout))
+            return Partial(o, lse.mul_(LN2))
+        partial = _nothing(q_THD)
+        seen: set[int] = set()
+        for call, planned in calls:
+            rows = planned.rows
+            q = q_THD if rows is None else q_THD[rows]
+            o, lse = planned.run(q, *_sides(pool, call.pool, layout))
+            lse = lse.mul_(LN2)
+            if seen <= {call.pool}:  # rows of one pool's calls are not in one another
+                at = slice(None) if rows is None else rows
+                partial.o[at], partial.lse[at] = o.float(), lse
+            else:
+                merge_rows_(partial.o, partial.lse, rows, o, lse)
+            seen.add(call.pool)
+        return partial
+
+    def _each_head(
+        self,
+        q_THD: Tensor,
+        lists: PageLists,
+        items: np.ndarray,
+        pool: PagePool,
+        scale: float,
+        window: int | None,
+    ) -> Partial:
+        """Lists of their own for KV heads: heads outside of tokens, pages of one head each."""
+        tokens, heads, dim = q_THD.shape
+        kv_heads = _heads(pool)
+        group = heads // kv_heads
+        q = q_THD.view(tokens, kv_heads, group, dim).transpose(0, 1).reshape(-1, group, dim)
+        flat = PagePool(
+            [_one_head(side) for side in pool.k],
+            [_one_head(side) for side in pool.v],
+            pool.slots_per_rank * kv_heads,
+        )
+        layout = _layout(q, flat)
+        each = _by_head(_of_lists(lists, items), items, kv_heads, tokens)
+        found = plan_calls(each, layout.rows, layout.page_size, layout.slots, window)
+        if found.others:
+            return self._fallback.partial_lists(q_THD, lists, pool, scale=scale, window=window)
+        plans = self._plans(found, layout, scale, window)
+        step = _Step(lists, plans, found.others)
+        partial = self._run(step, q, flat, layout)
+        self._wrappers.give_back(planned for _, planned in plans)
+        o = partial.o.view(kv_heads, tokens, group, dim).transpose(0, 1).reshape(q_THD.shape)
+        lse = partial.lse.view(kv_heads, tokens, group).transpose(0, 1).reshape(tokens, heads)
+        return Partial(o, lse)
+
+
+def _arguments(layout: _Layout, scale: float, window: int | None) -> dict[str, Any]:
+    return {
+        "heads": layout.heads,
+        "kv_heads": layout.kv_heads,
+        "dim": layout.dim,
+        "page_size": layout.page_size,
+        "scale": scale,
+        "window": window,
+        "q_dtype": layout.q_dtype,
+        "kv_dtype": layout.kv_dtype,
+    }
+
+
+def _heads(pool: PagePool) -> int:
+    return int(next(side for side in pool.k if len(side)).shape[1])
+
+
+def _layout(q_THD: Tensor, pool: PagePool) -> _Layout:
+    rows, heads, dim = q_THD.shape
+    shape = (heads, _heads(pool), dim, rows, pool.page_size, pool.slots_per_rank)
+    kv_dtype = torch.float8_e4m3fn if pool.k[0].dtype == torch.uint8 else pool.k[0].dtype
+    return _Layout(*shape, q_THD.dtype, kv_dtype)
+
+
+def _cut_heads(pool: PagePool, kv_heads: tuple[int, int] | None) -> PagePool:
+    if kv_heads is None:
+        return pool
+    heads = slice(*kv_heads)
+    k, v = ([side[:, heads] for side in sides] for sides in (pool.k, pool.v))
+    return PagePool(k, v, pool.slots_per_rank)
+
+
+def _one_head(side: Tensor) -> Tensor:
+    """A pool ``[slots, kv_heads, page_size, row]`` as pages of one head."""
+    return side.flatten(0, 1)[:, None]
+
+
+def _sides(pool: PagePool, index: int, layout: _Layout) -> tuple[Tensor, Tensor]:
+    k, v = pool.k[index], pool.v[index]
+    kv_format = row_format(k, layout.dim)
+    if kv_format == "native":
+        return k, v
+    if kv_format != "fp8_e4m3":
+        raise ValueError(f"FlashInfer reads no {kv_format} pages")
+    return k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+
+
+def _nothing(q_THD: Tensor) -> Partial:
+    """The partial of queries that saw no key."""
+    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
+    return Partial(o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32))
+
+
+def _base2(partial: Partial) -> tuple[Tensor, Tensor]:
+    return partial.o.contiguous(), (partial.lse / LN2).clamp_min(_NOTHING)
+
+
+def _of_runs(runs: Sequence[QueryRun]) -> Items:
+    fields = [(run.row, run.count, run.position, run.kv_len, len(run.page_ids)) for run in runs]
+    row, count, position, kv_len, pages = np.array(fields, dtype=np.int64).T
+    return Items(
+        row,
+        count,
+        position,
+        kv_len,
+        begin=np.cumsum(pages) - pages,
+        pages=pages,
+        ids=torch.cat([run.page_ids for run in runs]).cpu().numpy().astype(np.int64),
+        positions=torch.cat([run.page_positions for run in runs]).cpu().numpy().astype(np.int64),
+    )
+
+
+def _as_runs(items: Items) -> list[QueryRun]:
+    runs = []
+    for i in range(len(items)):
+        at = slice(int(items.begin[i]), int(items.begin[i] + items.pages[i]))
+        ids = torch.from_numpy(items.ids[at].astype(np.int32))
+        positions = torch.from_numpy(items.positions[at].astype(np.int32))
+        row, count, position = (int(x[i]) for x in (items.row, items.count, items.position))
+        runs.append(QueryRun(row, count, position, ids, positions, int(items.kv_len[i])))
+    return runs
+
+
+def _of_lists(lists: PageLists, items: np.ndarray) -> Items:
+    row, count, position, begin, pages, kv_len = items[:, :6].T
+    ids, positions = (
+        x.cpu().numpy().astype(np.int64) for x in (lists.page_ids, lists.page_positions)
+    )
+    return Items(row, count, position, kv_len, begin, pages, ids, positions)
+
+
+def _by_head(found: Items, fields: np.ndarray, kv_heads: int, tokens: int) -> Items:
+    """An item for each KV head; page ids count heads of pages."""
+    first, count = fields[:, 6], fields[:, 7]
+    item = np.repeat(np.arange(len(found)), count)
+    head = first[item] + np.arange(len(item)) - np.repeat(np.cumsum(count) - count, count)
+    pages = found.pages[item]
+    begin = np.cumsum(pages) - pages
+    place = np.repeat(found.begin[item] - begin, pages) + np.arange(int(pages.sum()))
+    return Items(
+        row=head * tokens + found.row[item],
+        count=found.count[item],
+        position=found.position[item],
+        kv_len=found.kv_len[item],
+        begin=begin,
+        pages=pages,
+        ids=found.ids[place] * kv_heads + np.repeat(head, pages),
+        positions=found.positions[place],
+    )

@@ -1,0 +1,129 @@
+"""Ranks on GPUs: tensors there cross by what GPUs have, tensors of the host as between CPU ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sps_runtime.distributed.communicator import Communicator, Kind, Mailroom, Pending, Traffic
+from sps_runtime.distributed.exchange import TorchSum
+from sps_runtime.ops.devices import Fence, empty_pinned
+
+
+class DeviceMailroom:
+    """Makes communicators that look at where tensors lie.
+
+    Args:
+        host: for tensors of the host; counts in `traffic`.
+        device: for tensors on a device; counts in the same.
+    """
+
+    def __init__(self, host: Mailroom, device: Mailroom) -> None:
+        self._host, self._device = host, device
+        self._groups: dict[tuple[int, ...], Communicator] = {}
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        found = self._groups.get(global_ranks)
+        if found is None:
+            host, device = self._host.group(global_ranks), self._device.group(global_ranks)
+            found = self._groups[global_ranks] = ByDevice(host, device)
+        return found
+
+
+class ByDevice(TorchSum):
+    """One rank's `Communicator` of a group."""
+
+    def __init__(self, host: Communicator, device: Communicator) -> None:
+        self._host, self._device = host, device
+        self.rank, self.size = host.rank, host.size
+        self.traffic: Traffic = host.traffic
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        self._of(send, recv).exchange(send, recv, kind)
+
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
+        return self._of(send, recv).start(send, recv, kind, tag)
+
+    def _of(self, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Communicator:
+        kinds = {tensor.device.type for tensor in (*send, *recv)}
+        if len(kinds) > 1:
+            raise ValueError(f"an exchange of tensors on {sorted(kinds)}")
+        return self._host if kinds <= {"cpu"} else self._device
+
+
+class StagedMailroom:
+    """Carries tensors of a device through pinned memory of the host and a host's links: what is
+    left where GPUs cannot reach one another.
+
+    Args:
+        host: between the same ranks (shared memory, gloo).
+    """
+
+    def __init__(self, host: Mailroom) -> None:
+        self._host = host
+        self._groups: dict[tuple[int, ...], Communicator] = {}
+
+    def group(self, global_ranks: tuple[int, ...]) -> Communicator:
+        found = self._groups.get(global_ranks)
+        if found is None:
+            found = self._groups[global_ranks] = Staged(self._host.group(global_ranks))
+        return found
+
+
+class Staged(TorchSum):
+    """One rank's `Communicator` of a group."""
+
+    def __init__(self, host: Communicator) -> None:
+        self._host = host
+        self.rank, self.size = host.rank, host.size
+        self.traffic: Traffic = host.traffic
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        self.traffic.exposed_s += self.start(send, recv, kind).wait()
+
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Pending:
+        """Copies to the host are waited for here, by an event; those back are left to the stream."""
+        if send[self.rank].data_ptr() != recv[self.rank].data_ptr():
+            recv[self.rank].copy_(send[self.rank])
+        device = next((t.device for t in (*send, *recv)), torch.device("cpu"))
+        staged_send, staged_recv = self._room(send, device), self._room(recv, device)
+        for member, (to, tensor) in enumerate(zip(staged_send, send, strict=True)):
+            if member != self.rank:
+                to.copy_(tensor, non_blocking=True)
+        copied = Fence(device)
+        copied.record()
+        copied.wait()
+        pending = self._host.start(staged_send, staged_recv, kind, tag)
+        return _Unstaging(pending, staged_recv, recv, self.rank)
+
+    def _room(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Pinned memory for all tensors but this rank's own, which stays where it is."""
+        shapes = [(0,) if i == self.rank else tuple(t.shape) for i, t in enumerate(tensors)]
+        return [
+            empty_pinned(shape, tensor.dtype, device)
+            for shape, tensor in zip(shapes, tensors, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Unstaging:
+    """A `Pending` exchange whose messages arrive in pinned memory."""
+
+    pending: Pending
+    staged: Sequence[Tensor]
+    recv: Sequence[Tensor]
+    rank: int
+
+    def wait(self) -> float:
+        waited = self.pending.wait()
+        for member, (tensor, staged) in enumerate(zip(self.recv, self.staged, strict=True)):
+            if member != self.rank:
+                tensor.copy_(staged, non_blocking=True)
+        return waited
