@@ -63,12 +63,15 @@ class PageLists:
             number of its KV heads. No (row, head) is in two items.
         page_ids, page_positions: int32 ``[entries]``, as in `QueryRun`, in any order.
         complete: every (row, head) is in an item, if only with an empty list.
+        standing: the arrays stay, other values come (`AttentionBackend.refresh`); `page_ids` may
+            be longer than the items' entries.
     """
 
     items: Tensor
     page_ids: Tensor
     page_positions: Tensor
     complete: bool = False
+    standing: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,11 @@ class AttentionBackend(Protocol):
             q_THD: ``[tokens, heads, head_dim]``, all heads of the pool's KV heads; (token, head)
                 pairs in no item get (0, -inf).
         """
+        ...
+
+    def refresh(self, lists: PageLists) -> bool:
+        """Arrays of lists that were given to `partial_lists` hold other values now. False: what was
+        recorded of them cannot be replayed with these."""
         ...
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:

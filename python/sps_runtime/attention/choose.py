@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+
+import torch
+
 from sps_runtime.attention.backend import AttentionBackend
 from sps_runtime.attention.cpu import KernelBackend
+from sps_runtime.attention.flashinfer import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops.dispatch import Ops
+from sps_runtime.types.errors import ConfigError
+
+ON_DEVICES = ("flashinfer", "triton", "torch")
+"""Backends of GPUs, the fastest first."""
 
 
 def choose_backend(
@@ -22,3 +31,41 @@ def choose_backend(
     if ops.kernels is None or page_size % 16 or head_dim % 8 or head_dim > 512:
         return TorchBackend()
     return KernelBackend(ops.kernels, threads)
+
+
+def choose_device_backend(
+    choice: str, device: torch.device, *, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """The backend of a rank on a GPU.
+
+    Args:
+        choice: ``auto`` or one of `ON_DEVICES`.
+        dtype: of queries.
+
+    Raises:
+        ConfigError: what was asked for cannot be had here.
+    """
+    reasons = []
+    for name in ON_DEVICES if choice == "auto" else (choice,):
+        try:
+            return _device_backend(name, device, dtype, head_dim)
+        except (ImportError, ConfigError) as error:
+            reasons.append(f"{name}: {error}")
+    raise ConfigError(f"attention backend {choice} cannot be had: {'; '.join(reasons)}")
+
+
+def _device_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    if name == "torch":
+        return TorchBackend()
+    if name == "triton":
+        found = importlib.import_module("sps_runtime.attention.triton")
+        backend: AttentionBackend = found.TritonBackend()
+        return backend
+    if name != "flashinfer":
+        raise ConfigError(f"{name} is none of {', '.join(ON_DEVICES)}")
+    if dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128, 256):
+        raise ConfigError(f"FlashInfer computes no heads of {head_dim} in {dtype}")
+    library = importlib.import_module("flashinfer")
+    return FlashInferBackend(library, TorchBackend(), device)

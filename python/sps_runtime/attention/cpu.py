@@ -84,6 +84,9 @@ class KernelBackend:
         )
         return Partial(o_THD, lse_TH)
 
+    def refresh(self, lists: PageLists) -> bool:
+        return True
+
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         lse_TH = partials[0].lse.new_empty(partials[0].lse.shape)
         self._kernels.merge_n_states(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sps_runtime.attention.backend import PageLists
+from sps_runtime.ops.devices import CPU, Fence, Standing
 from sps_runtime.types.plan import StepPlan
 
 Int32s = npt.NDArray[np.int32]
@@ -54,7 +55,9 @@ class _Lists:
         self.used = 0
         self.remote_tokens = 0
         arrays = (self.items, self.page_ids, self.page_positions)
-        self.pages = PageLists(*(torch.from_numpy(array) for array in arrays), complete=True)
+        self.pages = PageLists(
+            *(torch.from_numpy(array) for array in arrays), complete=True, standing=True
+        )
 
     def put(self, row: int, position: int, ids: Int32s, positions: Int32s) -> None:
         """The pages that a row at `position` sees."""
@@ -72,6 +75,8 @@ class DecodeInputs:
         rows: sequences of the step.
         capacity: pages of all of them together, at most.
         kv_heads: of the TP slice.
+        device: where tokens, positions and places lie; page lists stay on the host, where backends
+            plan.
 
     Attributes:
         tokens_T, positions_T: int64 ``[rows]``.
@@ -79,20 +84,33 @@ class DecodeInputs:
             another rank does.
     """
 
-    def __init__(self, rows: int, capacity: int, kv_heads: int, readers: PageReaders) -> None:
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        kv_heads: int,
+        readers: PageReaders,
+        device: torch.device = CPU,
+    ) -> None:
         self.rows, self.capacity = rows, capacity
         self._kv_heads = kv_heads
         self._who = readers
         self._member_of = np.array(readers.readers)
         self._page_starts = np.arange(capacity, dtype=np.int32) * readers.page_size
-        self._tokens = np.zeros(rows, dtype=np.int64)
-        self._positions = np.zeros(rows, dtype=np.int64)
-        self._slots = np.full(rows, -1, dtype=np.int32)
-        self._offsets = np.zeros(rows, dtype=np.int32)
-        self.tokens_T = torch.from_numpy(self._tokens)
-        self.positions_T = torch.from_numpy(self._positions)
-        self.slots_T = torch.from_numpy(self._slots)
-        self.offsets_T = torch.from_numpy(self._offsets)
+        arrays = (
+            np.zeros(rows, dtype=np.int64),
+            np.zeros(rows, dtype=np.int64),
+            np.full(rows, -1, dtype=np.int32),
+            np.zeros(rows, dtype=np.int32),
+        )
+        self._standing = tuple(Standing(array, device) for array in arrays)
+        self._copied = Fence(device)
+        self._tokens, self._positions, self._slots, self._offsets = (
+            each.array for each in self._standing
+        )
+        self.tokens_T, self.positions_T, self.slots_T, self.offsets_T = (
+            each.tensor for each in self._standing
+        )
         self._lists: dict[int | None, _Lists] = {}
         self._plan: StepPlan | None = None
 
@@ -109,6 +127,7 @@ class DecodeInputs:
         """
         self._plan = plan
         who = self._who
+        self._copied.wait()
         self._tokens[:] = tokens
         for row, sequence in enumerate(plan.sequences):
             page, offset = divmod(sequence.start, who.page_size)
@@ -121,8 +140,15 @@ class DecodeInputs:
             self._positions[row] = sequence.start
             self._slots[row] = slot if owner == who.sp_rank else -1
             self._offsets[row] = offset
+        for each in self._standing:
+            each.upload()
+        self._copied.record()
         for window, lists in self._lists.items():
             self._fill(lists, plan, window)
+
+    def standing(self) -> list[PageLists]:
+        """All page lists that were asked for."""
+        return [lists.pages for lists in self._lists.values()]
 
     def lists(self, window: int | None) -> PageLists:
         """The page lists of layers with this window; rows that see none of this rank's pages have

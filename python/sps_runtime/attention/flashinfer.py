@@ -105,12 +105,7 @@ class FlashInferBackend:
         layout = _layout(q_THD, pools)
         key = (id(runs), layout, scale, window)
         step = self._steps.get(key) or self._plan(key, runs, _of_runs(runs), layout, scale, window)
-        partial = self._run(step, q_THD, pools, layout)
-        for others in step.others:
-            rest = _as_runs(others)
-            other = self._fallback.partial(q_THD, rest, pools, scale=scale, window=window)
-            merge_rows_(partial.o, partial.lse, None, other.o, other.lse)
-        return partial
+        return self._attend(step, q_THD, pools, layout, scale, window)
 
     def partial_lists(
         self,
@@ -129,10 +124,10 @@ class FlashInferBackend:
             key = (id(lists), layout, scale, window)
             step = self._steps.get(key)
             if step is None:
-                step = self._plan(key, lists, _of_lists(lists, items), layout, scale, window)
-            if not step.others:
-                return self._run(step, q_THD, pool, layout)
-            return self._fallback.partial_lists(q_THD, lists, pool, scale=scale, window=window)
+                found = _of_lists(lists, items)
+                room = len(lists.page_ids) if lists.standing else None
+                step = self._plan(key, lists, found, layout, scale, window, room)
+            return self._attend(step, q_THD, pool, layout, scale, window)
         return self._each_head(q_THD, lists, items, pool, scale, window)
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
@@ -145,22 +140,30 @@ class FlashInferBackend:
             o, lse = self._library.merge_state(o, lse, *_base2(partial))
         out_THD.copy_(o)
 
-    def refresh(self, lists: PageLists) -> None:
-        """Lists that were planned hold other values now: the same wrappers, which a graph may have
-        captured, are planned with them."""
+    def refresh(self, lists: PageLists) -> bool:
+        same = True
         for key, step in list(self._steps.items()):
-            if step.lists is not lists:
-                continue
-            _, layout, scale, window = key
-            items = _of_lists(lists, lists.items.cpu().numpy().astype(np.int64))
-            found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
-            if [c.kind for c in found.calls] != [c.kind for c, _ in step.planned] or found.others:
-                del self._steps[key]
-                continue
-            for call, (_, planned) in zip(found.calls, step.planned, strict=True):
-                planned.plan(call, **_arguments(layout, scale, window))
-            pairs = zip(found.calls, (planned for _, planned in step.planned), strict=True)
-            self._steps[key] = replace(step, planned=tuple(pairs))
+            if step.lists is lists:
+                same &= self._plan_again(key, step, lists)
+        return same
+
+    def _plan_again(self, key: tuple[Any, ...], step: _Step, lists: PageLists) -> bool:
+        """Plan the same wrappers, which a graph may hold, for other values; where these need other
+        calls, forget the plan."""
+        _, layout, scale, window = key
+        items = _of_lists(lists, lists.items.cpu().numpy().astype(np.int64))
+        found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
+        shapes = [[_shape(call) for call in calls] for calls in (found.calls, _calls(step))]
+        if shapes[0] != shapes[1] or found.others or step.others:
+            del self._steps[key]
+            self._wrappers.give_back(planned for _, planned in step.planned)
+            return False
+        pairs = []
+        for call, (_, planned) in zip(found.calls, step.planned, strict=True):
+            planned.plan(call, **_arguments(layout, scale, window))
+            pairs.append((call, planned))
+        self._steps[key] = replace(step, planned=tuple(pairs))
+        return True
 
     def _plan(
         self,
@@ -170,24 +173,58 @@ class FlashInferBackend:
         layout: _Layout,
         scale: float,
         window: int | None,
+        room: int | None = None,
     ) -> _Step:
+        """Plan lists, and remember that.
+
+        Args:
+            room: entries that they will ever have, where they are planned again and again.
+        """
         while len(self._steps) >= REMEMBERED:
             _, old = self._steps.popitem(last=False)
             self._wrappers.give_back(planned for _, planned in old.planned)
         found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
-        step = _Step(lists, self._plans(found, layout, scale, window), found.others)
+        plans = self._plans(found, layout, scale, window, room)
+        step = _Step(lists, plans, found.others)
         self._steps[key] = step
         return step
 
     def _plans(
-        self, found: Calls, layout: _Layout, scale: float, window: int | None
+        self,
+        found: Calls,
+        layout: _Layout,
+        scale: float,
+        window: int | None,
+        room: int | None = None,
     ) -> tuple[tuple[Call, Planned], ...]:
         plans = []
         for call in found.calls:
-            planned = self._wrappers.take(call, layout.heads // layout.kv_heads, layout.kv_dtype)
+            planned = self._wrapper(call, layout, room)
             planned.plan(call, **_arguments(layout, scale, window))
             plans.append((call, planned))
         return tuple(plans)
+
+    def _wrapper(self, call: Call, layout: _Layout, room: int | None) -> Planned:
+        group = layout.heads // layout.kv_heads
+        if room is not None and call.kind == "decode" and call.rows is None:
+            return self._wrappers.standing(call, group, layout.kv_dtype, room)
+        return self._wrappers.take(call, group, layout.kv_dtype)
+
+    def _attend(
+        self,
+        step: _Step,
+        q_THD: Tensor,
+        pool: PagePool,
+        layout: _Layout,
+        scale: float,
+        window: int | None,
+    ) -> Partial:
+        partial = self._run(step, q_THD, pool, layout)
+        for others in step.others:
+            rest = _as_runs(others)
+            other = self._fallback.partial(q_THD, rest, pool, scale=scale, window=window)
+            merge_rows_(partial.o, partial.lse, None, other.o, other.lse)
+        return partial
 
     def _run(self, step: _Step, q_THD: Tensor, pool: PagePool, layout: _Layout) -> Partial:
         """All calls of a step over one layer; rows in no call get (0, -inf)."""
@@ -242,6 +279,15 @@ class FlashInferBackend:
         o = partial.o.view(kv_heads, tokens, group, dim).transpose(0, 1).reshape(q_THD.shape)
         lse = partial.lse.view(kv_heads, tokens, group).transpose(0, 1).reshape(tokens, heads)
         return Partial(o, lse)
+
+
+def _calls(step: _Step) -> list[Call]:
+    return [call for call, _ in step.planned]
+
+
+def _shape(call: Call) -> tuple[object, ...]:
+    """What stays while a wrapper's plan is made again."""
+    return call.pool, call.kind, call.window, call.requests, call.rows is None
 
 
 def _arguments(layout: _Layout, scale: float, window: int | None) -> dict[str, Any]:

@@ -89,9 +89,29 @@ class Wrappers:
         self._free: dict[tuple[str, bool, bool], list[Planned]] = defaultdict(list)
         self._kept: dict[int, tuple[str, bool, bool]] = {}
 
+    def standing(self, call: Call, group: int, kv_dtype: torch.dtype, capacity: int) -> Planned:
+        """A wrapper for one decode call again and again, whose plans lie where they lay, so that a
+        graph may hold it.
+
+        Args:
+            capacity: pages of all requests, at most.
+        """
+        counts = (call.requests + 1, capacity, call.requests)
+        buffers = [torch.zeros(n, dtype=torch.int32, device=self._device) for n in counts]
+        wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
+            self._floats(),
+            "HND",
+            use_cuda_graph=True,
+            use_tensor_cores=_tensor_cores(group, kv_dtype),
+            paged_kv_indptr_buffer=buffers[0],
+            paged_kv_indices_buffer=buffers[1],
+            paged_kv_last_page_len_buffer=buffers[2],
+        )
+        return Planned(wrapper, "decode", self._device)
+
     def take(self, call: Call, group: int, kv_dtype: torch.dtype) -> Planned:
         """A wrapper for a call that nobody else's plan lies in."""
-        cores = group >= TENSOR_CORE_GROUP or kv_dtype == torch.float8_e4m3fn
+        cores = _tensor_cores(group, kv_dtype)
         key = (call.kind, call.requests > MANY_REQUESTS, call.kind != "decode" or cores)
         free = self._free[key]
         planned = free.pop() if free else Planned(self._make(*key), call.kind, self._device)
@@ -102,17 +122,27 @@ class Wrappers:
         """These plans are not needed any more; kernels that were launched with them may still run,
         since whatever comes next is launched behind them."""
         for one in planned:
-            self._free[self._kept.pop(id(one))].append(one)
+            key = self._kept.pop(id(one), None)
+            if key is not None:
+                self._free[key].append(one)
 
     def _make(self, kind: str, many: bool, cores: bool) -> Any:
-        if self._workspace is None:
-            self._workspace = torch.empty(FLOAT_BYTES, dtype=torch.uint8, device=self._device)
+        floats = self._floats()
         if kind == "decode":
             return self._library.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace, "HND", use_tensor_cores=cores
+                floats, "HND", use_tensor_cores=cores
             )
-        wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND")
+        wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(floats, "HND")
         if many:
             room = torch.empty(INT_BYTES, dtype=torch.uint8, device=self._device)
-            wrapper.reset_workspace_buffer(self._workspace, room)
+            wrapper.reset_workspace_buffer(floats, room)
         return wrapper
+
+    def _floats(self) -> Tensor:
+        if self._workspace is None:
+            self._workspace = torch.empty(FLOAT_BYTES, dtype=torch.uint8, device=self._device)
+        return self._workspace
+
+
+def _tensor_cores(group: int, kv_dtype: torch.dtype) -> bool:
+    return group >= TENSOR_CORE_GROUP or kv_dtype == torch.float8_e4m3fn

@@ -1,4 +1,4 @@
-"""Partials by torch's own CPU flash attention: what runs where no kernel package is installed.
+"""Partials by torch's own flash attention: what runs where no kernel package is installed.
 
 Queries go in blocks; pages that every query of a block sees whole need no mask, the diagonal and
 the edge of the window get one. torch's operator returns the log-sum-exp beside the output, which is
@@ -36,8 +36,8 @@ class TorchBackend:
         kv_heads: tuple[int, int] | None = None,
     ) -> Partial:
         tokens, heads, dim = q_THD.shape
-        o_THD = torch.zeros(tokens, heads, dim, dtype=torch.float32)
-        lse_TH = torch.full((tokens, heads), -torch.inf, dtype=torch.float32)
+        o_THD = q_THD.new_zeros(tokens, heads, dim, dtype=torch.float32)
+        lse_TH = q_THD.new_full((tokens, heads), -torch.inf, dtype=torch.float32)
         for run in runs:
             for begin in range(0, run.count, QUERY_BLOCK):
                 count = min(QUERY_BLOCK, run.count - begin)
@@ -55,8 +55,8 @@ class TorchBackend:
         scale: float,
         window: int | None = None,
     ) -> Partial:
-        o_THD = torch.zeros(q_THD.shape, dtype=torch.float32)
-        lse_TH = torch.full(q_THD.shape[:2], -torch.inf)
+        o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
+        lse_TH = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
         group = q_THD.shape[1] // next(k for k in pool.k if k.numel()).shape[1]
         for row, count, position, begin, pages, kv_len, kv, kv_count in lists.items.tolist():
             cut = (slice(row, row + count), slice(kv * group, (kv + kv_count) * group))
@@ -68,6 +68,9 @@ class TorchBackend:
             part = self.partial(q, [run], pool, scale=scale, window=window, kv_heads=heads)
             o_THD[cut], lse_TH[cut] = part.o, part.lse
         return Partial(o_THD, lse_TH)
+
+    def refresh(self, lists: PageLists) -> bool:
+        return True
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         out_THD.copy_(merge_states([(partial.o, partial.lse) for partial in partials])[0])
@@ -112,7 +115,7 @@ class _Block:
         ids, starts = self.run.page_ids[pages], self.run.page_positions[pages]
         if not len(ids):
             empty = self.q_THD.new_zeros(tokens, heads, dim, dtype=torch.float32)
-            return empty, torch.full((tokens, heads), -torch.inf)
+            return empty, empty.new_full((tokens, heads), -torch.inf)
         k_KSD, v_KSD = (
             decode(rows, row_format(rows, dim), self.q_THD.dtype)
             for rows in (
@@ -127,9 +130,8 @@ class _Block:
             ).flatten()
             exists = keys <= min(self.last, self.run.kv_len - 1)
             k_KSD, v_KSD, keys = k_KSD[:, exists], v_KSD[:, exists], keys[exists]
-            visible = self._visible(keys)
-            mask = torch.zeros(visible.shape, dtype=self.q_THD.dtype)
-            mask = mask.masked_fill_(~visible, -torch.inf)
+            visible = self._visible(keys).to(self.q_THD.device)
+            mask = self.q_THD.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
         group = heads // k_KSD.shape[0]
         q = (
             self.q_THD.view(tokens, -1, group, dim)
@@ -138,14 +140,15 @@ class _Block:
         )
         if mask is not None:
             mask = mask.repeat_interleave(group, dim=0)
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k_KSD[None], v_KSD[None], attn_mask=mask, scale=self.scale
-        )
+        o, lse = _attention(q, k_KSD[None], v_KSD[None], mask, self.scale)
         o = o[0].view(-1, tokens, group, dim).permute(1, 0, 2, 3).reshape(tokens, heads, dim)
         lse = lse[0].reshape(-1, tokens, group).permute(1, 0, 2).reshape(tokens, heads)
         if visible is not None:
-            # The operator reports lse = 0 for a query that sees no key.
-            lse = lse.masked_fill(~visible.any(-1)[:, None], -torch.inf)
+            # The operators report other values for a query that sees no key.
+            nothing = ~visible.any(-1)
+            lse = lse.masked_fill(nothing[:, None], -torch.inf)
+            if o.device.type != "cpu":
+                o = o.masked_fill(nothing[:, None, None], 0.0)
         return o, lse
 
     def _visible(self, keys_S: Tensor) -> Tensor:
@@ -172,3 +175,21 @@ def _gather(
     ]
     pages_nKBD = torch.cat(parts) if len(parts) > 1 else parts[0]
     return pages_nKBD.transpose(0, 1).flatten(1, 2)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o ``[1, heads, rows, dim]`` and the natural log-sum-exp ``[1, heads, rows]``."""
+    if q.device.type == "cpu":
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=mask, scale=scale
+        )
+        return o, lse
+    if mask is not None:  # rows of the bias begin at multiples of 16 bytes
+        room = mask.new_empty(mask.shape[0], -(-mask.shape[1] // 16) * 16)
+        mask = room[:, : mask.shape[1]].copy_(mask).expand(1, q.shape[1], -1, -1)
+    o, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, scale=scale
+    )
+    return o, lse[:, :, : q.shape[2]]

@@ -68,7 +68,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     Inherited descriptors, all memfds and all but the board empty until who knows their shape grows
     them (`distributed.regions.map_region`): ``kv.<global rank>`` and ``summaries.<global rank>`` of
     every rank of this host, ``board`` (a word per request that may run), ``fences``, ``links``,
-    ``weights``.
+    ``device_links`` (counters of messages between GPUs), ``weights``.
     """
 
     rank: int

@@ -1,4 +1,5 @@
-"""Ranks on GPUs: tensors there cross by what GPUs have, tensors of the host as between CPU ranks."""
+"""Ranks on GPUs: what lies there crosses by what GPUs have, what lies on the host as between CPU
+ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from sps_runtime.distributed.communicator import Communicator, Kind, Mailroom, Pending, Traffic
 from sps_runtime.distributed.exchange import TorchSum
-from sps_runtime.ops.devices import Fence, empty_pinned
 
 
 class DeviceMailroom:
@@ -89,7 +89,7 @@ class Staged(TorchSum):
     def start(
         self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
     ) -> Pending:
-        """Copies to the host are waited for here, by an event; those back are left to the stream."""
+        """Copies to the host are waited for here, by their stream; those back are left to it."""
         if send[self.rank].data_ptr() != recv[self.rank].data_ptr():
             recv[self.rank].copy_(send[self.rank])
         device = next((t.device for t in (*send, *recv)), torch.device("cpu"))
@@ -97,9 +97,8 @@ class Staged(TorchSum):
         for member, (to, tensor) in enumerate(zip(staged_send, send, strict=True)):
             if member != self.rank:
                 to.copy_(tensor, non_blocking=True)
-        copied = Fence(device)
-        copied.record()
-        copied.wait()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         pending = self._host.start(staged_send, staged_recv, kind, tag)
         return _Unstaging(pending, staged_recv, recv, self.rank)
 
@@ -107,7 +106,7 @@ class Staged(TorchSum):
         """Pinned memory for all tensors but this rank's own, which stays where it is."""
         shapes = [(0,) if i == self.rank else tuple(t.shape) for i, t in enumerate(tensors)]
         return [
-            empty_pinned(shape, tensor.dtype, device)
+            torch.empty(shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
             for shape, tensor in zip(shapes, tensors, strict=True)
         ]
 

@@ -1,4 +1,4 @@
-"""Layer fences of ranks on GPUs: the host says that KV was launched, an event that it lies there."""
+"""Layer fences of ranks on GPUs: the host says that KV was launched, an event that it is there."""
 
 from __future__ import annotations
 

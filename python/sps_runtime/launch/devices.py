@@ -125,9 +125,7 @@ def choose_device(options: EngineOptions, ranks: int) -> Placed:
         found, count = probe.gpus[gpu], gpus.count(gpu)
         logger.info("GPU %d, %s: %d rank%s", gpu, found.name, count, "s" * (count > 1))
     if options.device_links == "nccl" and len(set(gpus)) < ranks:
-        raise ConfigError(
-            "--device-links nccl needs a GPU for each rank: NCCL refuses to share one"
-        )
+        raise ConfigError("--device-links nccl needs a GPU for each rank: NCCL shares none")
     return Placed("cuda", gpus, probe.gpus)
 
 

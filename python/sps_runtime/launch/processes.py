@@ -62,7 +62,7 @@ class EngineProcesses:
         ranks = local_ranks(config.parallel)
         pools = [f"{kind}.{rank}" for kind in ("kv", "summaries") for rank in ranks]
         self._memory = {name: create_memory(name) for name in pools}
-        for name in ("fences", "links", "weights"):
+        for name in ("fences", "links", "device_links", "weights"):
             self._memory[name] = create_memory(name)
         slots = config.scheduler.max_running_requests
         self._memory["board"] = create_memory("board", board_bytes(slots))

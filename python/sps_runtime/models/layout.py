@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -91,6 +91,22 @@ class Layout:
         for (rank, name), entry in self.entries.items():
             if rank == tp_rank and entry.linear == linear:
                 yield name, entry
+
+    def slice(self, tp_rank: int) -> Layout:
+        """What one TP rank needs, without the others' slices."""
+        mine = [(key, entry) for key, entry in self.entries.items() if key[0] == tp_rank]
+        placed: dict[tuple[int, str], Entry] = {}
+        end = 0
+        for key, entry in mine:
+            if entry.parts:
+                placed[key] = replace(entry, offset=_aligned(end))
+                end = placed[key].offset + entry.nbytes
+        table = (tp_rank, "embed")
+        for key, entry in mine:
+            if not entry.parts:  # a tied head: rows of the embedding
+                shift = placed[table].offset - self.entries[table].offset
+                placed[key] = replace(entry, offset=entry.offset + shift)
+        return replace(self, nbytes=end, entries=placed)
 
     def digest(self) -> bytes:
         """32 bytes that differ between any two different layouts."""

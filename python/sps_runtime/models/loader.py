@@ -77,10 +77,8 @@ def load_weights(
     spec: LoadSpec,
     shared: SharedWeights | None = None,
     ops: Operators = TORCH,
-    device: torch.device | None = None,
 ) -> Arena:
-    """The weights of all TP ranks, in shared memory or, without `shared`, in private memory: this
-    process's, or `device`'s, where tensors are read to directly.
+    """The weights of all TP ranks, in shared memory or, without `shared`, in private memory.
 
     Args:
         ops: what will multiply by them: weights are packed as it wants them.
@@ -91,10 +89,10 @@ def load_weights(
     layout = _plan(config, spec, ops)
 
     def fill(arena: Arena) -> None:
-        fill_arena(arena, _source(spec, device))
+        fill_arena(arena, _source(spec))
 
     if shared is None:
-        return private_arena(layout, fill, device)
+        return private_arena(layout, fill)
     if not shared.first:
         return open_shared_arena(layout, shared.fd)
     with first_rank(layout, shared.fd):
@@ -147,6 +145,18 @@ def load_model(
 ) -> Decoder:
     """`load_weights`, then `build_model`."""
     return build_model(config, load_weights(config, spec, shared, ops), tp_rank, device, ops)
+
+
+def load_model_on(
+    config: ModelConfig, spec: LoadSpec, tp_rank: int, device: torch.device, ops: Operators
+) -> Decoder:
+    """One TP rank's model over weights of its own on a GPU, and none of its peers'."""
+    layout = _plan(config, spec, ops).slice(tp_rank)
+
+    def fill(arena: Arena) -> None:
+        fill_arena(arena, _source(spec, device))
+
+    return build_model(config, private_arena(layout, fill, device), tp_rank, device, ops)
 
 
 def _plan(config: ModelConfig, spec: LoadSpec, ops: Operators) -> Layout:

@@ -34,6 +34,27 @@ def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
+class Standing:
+    """An array of the host whose values go to a tensor that stays where it is.
+
+    Attributes:
+        array: to be written.
+        tensor: on the device; over the same memory on a CPU.
+    """
+
+    def __init__(self, array: npt.NDArray[Any], device: torch.device) -> None:
+        host = torch.from_numpy(array)
+        if device.type != "cpu":
+            host = empty_pinned(tuple(host.shape), host.dtype, device).copy_(host)
+        self._host, self.array = host, host.numpy()
+        self.tensor = host if device.type == "cpu" else host.to(device)
+
+    def upload(self) -> None:
+        """Copy, in the order of the current stream; `array` stays as it is until that is done."""
+        if self.tensor is not self._host:
+            self.tensor.copy_(self._host, non_blocking=True)
+
+
 class Fence:
     """A moment on the current stream that the host can wait for.
 

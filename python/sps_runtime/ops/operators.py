@@ -83,7 +83,12 @@ class TorchOperators(TorchElementwise):
     ) -> None:
         here = slots_T >= 0
         if not here.all():
-            k_TKD, v_TKD, slots_T, offsets_T = k_TKD[here], v_TKD[here], slots_T[here], offsets_T[here]
+            k_TKD, v_TKD, slots_T, offsets_T = (
+                k_TKD[here],
+                v_TKD[here],
+                slots_T[here],
+                offsets_T[here],
+            )
         kv_format = row_format(k_pool, k_TKD.shape[-1])
         k_pool[slots_T, :, offsets_T] = encode(k_TKD, kv_format)
         v_pool[slots_T, :, offsets_T] = encode(v_TKD, kv_format)

@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,22 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(
         one.alias_info is not None and not one.alias_info.is_write for one in returns
     )
+
+
+class Replayable(Protocol):
+    """Work that was recorded (`Recording`, `ops.cuda_graphs`)."""
+
+    def replay(self) -> Tensor:
+        """Compute it again over what its inputs hold now."""
+        ...
+
+
+class StepRecorder(Protocol):
+    """Records on behalf of one rank: `Recorder` on CPUs, `ops.cuda_graphs` on GPUs."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Replayable | str]:
+        """Run `work`; return its result, and the recording or why there is none."""
+        ...
 
 
 class Recording:

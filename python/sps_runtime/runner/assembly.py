@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from mmap import mmap
 from types import ModuleType
 
@@ -15,7 +15,6 @@ from sps_runtime.attention.context import AttentionContext, SparseMeans
 from sps_runtime.config.cache import kv_row, resolve_kv_dtype
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import ModelConfig
-from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.process import RankConfig
 from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.fences import LayerFence, NoFence, SharedLayerFence
@@ -30,44 +29,20 @@ from sps_runtime.kvstore.shape import KVShape
 from sps_runtime.kvstore.summaries import SummaryShape, SummaryStore
 from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.operators import Operators
+from sps_runtime.runner.gpu import (
+    gpu_summaries,
+    open_gpu_fence,
+    open_gpu_mailroom,
+    open_gpu_store,
+    share_gpu,
+    with_domains,
+)
+from sps_runtime.runner.place import Place
 from sps_runtime.sparse.dispatch import choose_operators, possible
+from sps_runtime.sparse.operators import SparseOperators
 from sps_runtime.types.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands among ranks and hosts.
-
-    Attributes:
-        mesh: its place in the (sp, tp) mesh.
-        hosts: the host of each SP rank: equal, consecutive blocks.
-    """
-
-    mesh: Mesh
-    hosts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, rank: int, parallel: ParallelConfig) -> Place:
-        per_host = parallel.sp_size // parallel.nnodes
-        hosts = tuple(sp_rank // per_host for sp_rank in range(parallel.sp_size))
-        return cls(Mesh(parallel.sp_size, parallel.tp_size, rank), hosts)
-
-    @property
-    def host(self) -> int:
-        return self.hosts[self.mesh.sp_rank]
-
-    def rank_hosts(self) -> tuple[int, ...]:
-        """The host of each global rank."""
-        return tuple(host for host in self.hosts for _ in range(self.mesh.tp_size))
-
-    def sp_peers_here(self) -> dict[int, int]:
-        """SP rank -> global rank of those with this TP rank on this host, itself included."""
-        mesh = self.mesh
-        return {
-            sp_rank: sp_rank * mesh.tp_size + mesh.tp_rank
-            for sp_rank, host in enumerate(self.hosts)
-            if host == self.host
-        }
+logger = logging.getLogger(__name__)
 
 
 def _kv_dtype(config: EngineConfig) -> str:
@@ -109,14 +84,18 @@ def open_sparse(
     if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
         return None
     operators = choose_operators(kernels if shape.page_size % 16 == 0 else None, threads)
-    nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
-    room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
+    room = _summary_shape(shape, operators)
     here = place.sp_peers_here()
     pools = [None if rank in here else room.private() for rank in range(place.mesh.sp_size)]
     for sp_rank, rank in here.items():
         own = rank == place.mesh.rank
         pools[sp_rank] = room.shared(fds[f"summaries.{rank}"], writable=own)
     return SparseMeans(operators, SummaryStore(pools, place.mesh.sp_rank))
+
+
+def _summary_shape(shape: KVShape, operators: SparseOperators) -> SummaryShape:
+    nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
+    return SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
 
 
 def open_mailroom(
@@ -179,6 +158,55 @@ def open_fence(
         layers,
         timeout_s=config.watchdog_timeout_s,
         spin_s=config.spin_s,
+    )
+
+
+def open_gpu_means(
+    config: RankConfig,
+    place: Place,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    ops: Operators,
+    fds: Mapping[str, int],
+    device: torch.device,
+    sparse: SparseOperators | None,
+) -> AttentionContext:
+    """Everything that attention needs of a rank on a GPU.
+
+    Args:
+        sparse: choose pages on the GPU; None where nothing does.
+    """
+    traffic, engine = Traffic(), config.engine
+    shape, windows = kv_shape(engine, model), model.layer_windows
+    if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
+        sparse = None
+    room = _summary_shape(shape, sparse) if sparse is not None else None
+    host = open_mailroom(engine, place, traffic, fds, None)
+    here = [rank for rank, at in enumerate(place.rank_hosts()) if at == place.host]
+    sharing = share_gpu(config, place, device, shape, room, host.group(tuple(here)))
+    if len(here) > 1:
+        logger.info("GPUs of this host: %s", sharing.why)
+    place = with_domains(place, engine, sharing.gpu is not None)
+    mailroom = open_gpu_mailroom(config, place, device, host, traffic, sharing, fds)
+    host_fence = open_fence(engine, place, model.num_layers, fds)
+    means = None
+    if sparse is not None and room is not None:
+        pools = gpu_summaries(place, room, device, sharing)
+        means = SparseMeans(sparse, SummaryStore(pools, place.mesh.sp_rank))
+    return AttentionContext(
+        mesh=place.mesh,
+        mailroom=mailroom,
+        store=open_gpu_store(
+            place, shape, storage_dtype(_kv_dtype(engine), dtype), device, sharing
+        ),
+        fence=open_gpu_fence(host_fence, place, sharing),
+        backend=backend,
+        traffic=traffic,
+        hosts=place.hosts,
+        ops=ops,
+        windows=windows,
+        sparse=means,
     )
 
 

@@ -15,8 +15,9 @@ from sps_runtime.layers.linear import ColumnLinear
 from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement
 from sps_runtime.models.decoder import Decoder, DecoderLayer
+from sps_runtime.ops.devices import CPU, Fence
 from sps_runtime.ops.operators import Operators
-from sps_runtime.ops.recording import Recorder, Recording
+from sps_runtime.ops.recording import StepRecorder
 from sps_runtime.types.messages import DecodeCost, LinkCost
 
 SMALL_ROUNDS, LARGE_ROUNDS = 30, 4
@@ -27,11 +28,16 @@ DECODE_ROWS = (1, 2, 4, 8, 16)
 DECODE_BYTES = 64 << 20
 """Weights of the layers that are timed in turn: more than caches hold."""
 DECODE_ROUNDS = 3
+GPU_ROWS = 4096
 
 
 @torch.inference_mode()
 def measure_flops(
-    gate_up: ColumnLinear, dtype: torch.dtype, links: GroupLinks, ops: Operators
+    gate_up: ColumnLinear,
+    dtype: torch.dtype,
+    links: GroupLinks,
+    ops: Operators,
+    device: torch.device = CPU,
 ) -> float:
     """Floating-point operations per second of a product with many rows of a layer's weights.
 
@@ -39,15 +45,18 @@ def measure_flops(
     """
     outputs, inputs = gate_up.weight_ND.shape
     rows = int(min(max(FLOPS / (2 * outputs * inputs), LEAST_ROWS), MOST_ROWS))
-    x_TD = torch.randn(rows, inputs).to(dtype)
+    if device.type != "cpu":
+        rows = GPU_ROWS
+    x_TD = torch.randn(rows, inputs).to(device, dtype)
     linear = place("sharded", "ntp", links, (rows,), ops)
-    seconds = [_timed(lambda: gate_up(linear, x_TD)) for _ in range(DECODE_ROUNDS)]
+    rounds = DECODE_ROUNDS if device.type == "cpu" else 2 * DECODE_ROUNDS
+    seconds = [_timed(lambda: gate_up(linear, x_TD), device) for _ in range(rounds)]
     return 2.0 * rows * outputs * inputs / min(seconds)
 
 
 @torch.inference_mode()
 def measure_decode(
-    model: Decoder, links: GroupLinks, ops: Operators, recorder: Recorder | None = None
+    model: Decoder, links: GroupLinks, ops: Operators, recorder: StepRecorder | None = None
 ) -> DecodeCost:
     """Seconds of a layer's linear part with few rows, in both placements; the worst rank's, on all.
 
@@ -62,7 +71,8 @@ def measure_decode(
     layers = model.layers[: _layers_to_time(model)]
     sharded, replicated = [], []
     for rows in DECODE_ROWS:
-        x_TD = torch.randn(rows, model.config.hidden_size).to(model.embedding.weight_VD.dtype)
+        like = model.embedding.weight_VD
+        x_TD = torch.randn(rows, model.config.hidden_size).to(like.device, like.dtype)
         members = (rows,) * links.sp.size
         whole = place("sharded", "ntp", links, members, ops)
         slices = place("replicated", "ntp", links, members, ops)
@@ -87,7 +97,7 @@ def _layer_seconds(
     x_TD: Tensor,
     linear: LinearPlacement,
     links: GroupLinks,
-    recorder: Recorder | None,
+    recorder: StepRecorder | None,
 ) -> float:
     def all_layers() -> Tensor:
         for layer in layers:
@@ -97,12 +107,12 @@ def _layer_seconds(
     run: Callable[[], Tensor] = all_layers
     if recorder is not None and links.recordable:
         _, recording = recorder.record(all_layers)
-        if isinstance(recording, Recording):
+        if not isinstance(recording, str):
             run = recording.replay
     seconds = []
     for _ in range(DECODE_ROUNDS):
         _worst(links.world, [0.0])  # all begin together
-        seconds.append(_timed(run) / len(layers))
+        seconds.append(_timed(run, x_TD.device) / len(layers))
     return min(seconds)
 
 
@@ -114,13 +124,19 @@ def _layers_to_time(model: Decoder) -> int:
     return min(len(model.layers), ceil(DECODE_BYTES / nbytes))
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], device: torch.device = CPU) -> float:
+    """Seconds until all that `run` launched is done; nothing else was launched before."""
+    done = Fence(device)
     began = time.perf_counter()
     run()
+    done.record()
+    done.wait()
     return time.perf_counter() - began
 
 
-def measure_link(sp: Communicator, world: Communicator, *, zero_copy: bool) -> LinkCost:
+def measure_link(
+    sp: Communicator, world: Communicator, *, zero_copy: bool, device: torch.device = CPU
+) -> LinkCost:
     """Latency and bandwidth of an exchange between all SP peers; the worst rank's, on all.
 
     A collective call. In an exchange of n members each sends n - 1 messages; their bytes over the
@@ -132,8 +148,8 @@ def measure_link(sp: Communicator, world: Communicator, *, zero_copy: bool) -> L
     """
     if sp.size == 1:
         return LinkCost(zero_copy=zero_copy)
-    latency = _time(sp, 8, SMALL_ROUNDS)
-    large = _time(sp, LARGE_BYTES, LARGE_ROUNDS)
+    latency = _time(sp, 8, SMALL_ROUNDS, device)
+    large = _time(sp, LARGE_BYTES, LARGE_ROUNDS, device)
     rate = (sp.size - 1) * LARGE_BYTES / max(large - latency, 1e-9)
     latency, slowness = _worst(world, [latency, 1.0 / rate])
     return LinkCost(latency, 1.0 / slowness, zero_copy)
@@ -147,13 +163,8 @@ def _worst(world: Communicator, values: list[float]) -> list[float]:
     return torch.stack(everyone).amax(dim=0).tolist()
 
 
-def _time(sp: Communicator, nbytes: int, rounds: int) -> float:
+def _time(sp: Communicator, nbytes: int, rounds: int, device: torch.device) -> float:
     """Median seconds of an exchange in which every member sends `nbytes` to every other."""
-    send = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(sp.size)]
-    recv = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(sp.size)]
-    seconds = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        sp.exchange(send, recv, "control")
-        seconds.append(time.perf_counter() - began)
-    return median(seconds)
+    send = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(sp.size)]
+    recv = [torch.empty_like(message) for message in send]
+    return median(_timed(lambda: sp.exchange(send, recv, "control"), device) for _ in range(rounds))

@@ -23,7 +23,8 @@ from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement, StepContext
-from sps_runtime.ops.recording import Recorder
+from sps_runtime.ops.devices import Fence, upload
+from sps_runtime.ops.recording import StepRecorder
 from sps_runtime.runner.grammar_masks import GrammarMasks, Masks
 from sps_runtime.runner.hidden_states import report_hidden
 from sps_runtime.runner.input_batch import InputBatch, build_input, decode_tokens
@@ -119,7 +120,7 @@ class ModelRunner:
         token_timeout_s: float = 300.0,
         timeline: Timeline | None = None,
         pipeline: bool = True,
-        recorder: Recorder | None = None,
+        recorder: StepRecorder | None = None,
         grammars: GrammarMasks | None = None,
     ) -> None:
         self._model = model
@@ -131,6 +132,7 @@ class ModelRunner:
         self._timeline: Timeline = timeline or NoTimeline()
         self._pipeline = pipeline
         self._grammars = grammars or GrammarMasks()
+        self._done = Fence(means.device)
         self._graphs = StepGraphs(means, self._decode, recorder)
 
     @torch.inference_mode()
@@ -147,6 +149,8 @@ class ModelRunner:
         with self._timeline.span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
             run = self._run_decode if self._graphs.takes(plan) else self._run
             ran = run(plan)
+        self._done.record()
+        self._done.wait()  # an acknowledgement says that this rank's reads are over
         took = traffic.take()
         exposed = took.exposed_s + self._board.waited_s - waited
         counters = StepCounters(
@@ -224,7 +228,7 @@ class ModelRunner:
         batch = build_input(plan, layout, member, self._board, self._token_timeout_s)
         links, flight = self._links(plan.group), self._flight(plan, layout)
         context = StepContext(
-            positions_T=batch.positions_T,
+            positions_T=upload(batch.positions_T.numpy(), means.device),
             linear=place(plan.placement, self._arch, links, layout.rows, means.ops),
             attend=flight.attention(0) if flight else sequence_attention(plan, layout, means),
         )
@@ -237,7 +241,8 @@ class ModelRunner:
 
     def _forward(self, step: Step) -> Tensor:
         if step.flight is None:
-            return self._model.forward(step.batch.tokens_T, step.context)
+            tokens_T = upload(step.batch.tokens_T.numpy(), self._means.device)
+            return self._model.forward(tokens_T, step.context)
         return fly(self._model.forward, step.flight, step.batch, step.links)
 
     def _links(self, group: tuple[int, ...]) -> GroupLinks:
@@ -254,7 +259,7 @@ class ModelRunner:
         head = place(step.plan.placement, self._arch, step.links, counts, self._means.ops)
         if head.whole and not len(rows):
             return hidden_TD.new_empty(0, self._vocab)
-        return self._model.logits(hidden_TD[rows], head)
+        return self._model.logits(hidden_TD[upload(rows.numpy(), hidden_TD.device)], head)
 
     def _speaks(self, plan: StepPlan, member: int) -> bool:
         """Whether this rank samples and reports: the others of its kind hold the same logits."""

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from sps_runtime.attention.choose import choose_backend
+from sps_runtime.attention.backend import AttentionBackend
+from sps_runtime.attention.choose import choose_backend, choose_device_backend
 from sps_runtime.attention.context import AttentionContext
+from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import load_model_config
 from sps_runtime.config.parallel import Arch
 from sps_runtime.config.process import RankConfig
@@ -23,18 +25,22 @@ from sps_runtime.ipc.memory import map_memory
 from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.layers.placement import GroupLinks
 from sps_runtime.models.decoder import Decoder
-from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model
+from sps_runtime.models.loader import LoadSpec, SharedWeights, load_model, load_model_on
+from sps_runtime.ops.cuda_graphs import GraphRecorder
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.operators import Operators
-from sps_runtime.ops.recording import Recorder
-from sps_runtime.runner.assembly import Place, open_means
+from sps_runtime.ops.recording import Recorder, StepRecorder
+from sps_runtime.runner.assembly import open_gpu_means, open_means
+from sps_runtime.runner.gpu import rank_device
 from sps_runtime.runner.grammar_masks import open_masks
 from sps_runtime.runner.links import open_links
 from sps_runtime.runner.measure import measure_decode, measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
+from sps_runtime.runner.place import Place
 from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.runner.traced import trace_means, trace_operators
 from sps_runtime.runner.warm_up import warm_up
+from sps_runtime.sparse.dispatch import device_operators
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.telemetry.timeline import Timeline, open_timeline
 from sps_runtime.types.errors import ConfigError
@@ -91,23 +97,14 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     config, engine = child.config, child.config.engine
     torch.set_num_threads(engine.threads_per_rank)
     place = Place.of(config.rank, engine.parallel)
-    began = time.monotonic()
-    ops = _choose_ops(engine.attention_backend, engine.threads_per_rank, engine.spin_s)
+    began, device = time.monotonic(), rank_device(engine, config.rank)
+    ops = _choose_ops(engine.attention_backend, engine.threads_per_rank, engine.spin_s, device)
     operators = trace_operators(ops.operators, timeline)
-    model = _load(child, place, operators)
+    model = _load(child, place, operators, device)
     dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
-    backend = choose_backend(
-        ops,
-        page_size=engine.cache.page_size,
-        head_dim=model.config.head_dim,
-        threads=engine.threads_per_rank,
-    )
-    means = open_means(
-        config, place, model.config, dtype, backend, operators, child.fds, ops.kernels
-    )
-    recorder = None
-    if ops.kernels is not None and not engine.disable_step_graphs:
-        recorder = Recorder(ops.kernels)
+    backend = _choose_backend(engine, ops, model, dtype, device)
+    means = _open_means(child, place, model, dtype, backend, ops, operators, device)
+    recorder = _recorder(engine, ops, device)
     runner = ModelRunner(
         model,
         vocab,
@@ -116,19 +113,22 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         engine.parallel.arch,
         engine.watchdog_timeout_s,
         timeline,
-        engine.parallel.pipeline,
+        engine.parallel.pipeline and device.type == "cpu",
         recorder,
         open_masks(engine, model.config),
     )
     cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)
-    detail = f"attention {backend.name} ({ops.reason}), {dtype}, {engine.threads_per_rank} threads"
+    where = device if device.type != "cpu" else f"{engine.threads_per_rank} threads"
+    detail = f"attention {backend.name} ({ops.reason}), {dtype}, {where}"
     ready = RankReady(
         rank=config.rank,
         pages=cache.pages_per_rank,
         link=_measure_link(means),
         decode=_measure_decode(model, means, engine.parallel.arch, recorder),
-        flops_per_s=measure_flops(model.layers[0].mlp.gate_up, dtype, _all_links(means), means.ops),
+        flops_per_s=measure_flops(
+            model.layers[0].mlp.gate_up, dtype, _all_links(means), means.ops, device
+        ),
         no_sparse=no_sparse(means),
         detail=detail,
     )
@@ -136,8 +136,49 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     return runner, ready
 
 
+def _choose_backend(
+    engine: EngineConfig, ops: Ops, model: Decoder, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    head_dim = model.config.head_dim
+    if device.type != "cpu":
+        choice = engine.attention_backend
+        return choose_device_backend(choice, device, dtype=dtype, head_dim=head_dim)
+    page_size, threads = engine.cache.page_size, engine.threads_per_rank
+    return choose_backend(ops, page_size=page_size, head_dim=head_dim, threads=threads)
+
+
+def _open_means(
+    child: ChildContext[RankConfig],
+    place: Place,
+    model: Decoder,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    ops: Ops,
+    operators: Operators,
+    device: torch.device,
+) -> AttentionContext:
+    config, fds = child.config, child.fds
+    if device.type == "cpu":
+        return open_means(config, place, model.config, dtype, backend, operators, fds, ops.kernels)
+    sparse = device_operators()
+    return open_gpu_means(
+        config, place, model.config, dtype, backend, operators, fds, device, sparse
+    )
+
+
+def _recorder(engine: EngineConfig, ops: Ops, device: torch.device) -> StepRecorder | None:
+    """What records decode steps; between GPUs nothing does."""
+    if engine.disable_step_graphs:
+        return None
+    if device.type != "cpu":
+        return GraphRecorder(device) if engine.parallel.world_size == 1 else None
+    return Recorder(ops.kernels) if ops.kernels is not None else None
+
+
 def no_sparse(means: AttentionContext) -> str:
     """Why a rank cannot choose pages; empty where it can."""
+    if means.sparse is None and means.device.type != "cpu":
+        return "nothing chooses pages on this GPU, or pages of this KV dtype have no summaries"
     if means.sparse is None:
         return "pages of this size, head or KV dtype have no summaries"
     return ""
@@ -155,11 +196,12 @@ def _all_links(means: AttentionContext) -> GroupLinks:
 
 def _measure_link(means: AttentionContext) -> LinkCost:
     links = _all_links(means)
-    return measure_link(links.sp, links.world, zero_copy=len(set(means.hosts)) == 1)
+    zero_copy = len(set(means.hosts)) == 1
+    return measure_link(links.sp, links.world, zero_copy=zero_copy, device=means.device)
 
 
 def _measure_decode(
-    model: Decoder, means: AttentionContext, arch: Arch, recorder: Recorder | None
+    model: Decoder, means: AttentionContext, arch: Arch, recorder: StepRecorder | None
 ) -> DecodeCost:
     """Nothing where there is nothing to choose: one SP rank, or cut weights."""
     if means.mesh.sp_size == 1 or arch == "tp":
@@ -167,8 +209,10 @@ def _measure_decode(
     return measure_decode(model, _all_links(means), means.ops, recorder)
 
 
-def _choose_ops(name: str, threads: int, spin_s: float) -> Ops:
+def _choose_ops(name: str, threads: int, spin_s: float, device: torch.device) -> Ops:
     """Raises ConfigError for a name that is none, or kernels that cannot be had."""
+    if device.type != "cpu":
+        return choose_ops("torch" if name == "torch" else "auto", device=device)
     if name not in ("auto", "sps_kernel", "torch"):
         raise ConfigError(f"attention backend {name!r} is none of auto, sps_kernel, torch")
     try:
@@ -180,8 +224,11 @@ def _choose_ops(name: str, threads: int, spin_s: float) -> Ops:
     return ops
 
 
-def _load(child: ChildContext[RankConfig], place: Place, ops: Operators) -> Decoder:
-    """This TP rank's model over the weights that all ranks of the host share."""
+def _load(
+    child: ChildContext[RankConfig], place: Place, ops: Operators, device: torch.device
+) -> Decoder:
+    """This TP rank's model over the weights that all ranks of the host share, or over a copy of its
+    own on its GPU."""
     engine = child.config.engine
     directory = Path(engine.model_path)
     spec = LoadSpec(
@@ -194,9 +241,12 @@ def _load(child: ChildContext[RankConfig], place: Place, ops: Operators) -> Deco
         engine.quantization,
         Path(engine.weight_cache_dir) if engine.weight_cache_dir else None,
     )
+    config = load_model_config(directory)
+    if device.type != "cpu":
+        return load_model_on(config, spec, place.mesh.tp_rank, device, ops)
     first = min(place.sp_peers_here().values()) - place.mesh.tp_rank
     shared = SharedWeights(child.fds["weights"], first=child.config.rank == first)
-    return load_model(load_model_config(directory), spec, place.mesh.tp_rank, shared, ops=ops)
+    return load_model(config, spec, place.mesh.tp_rank, shared, ops=ops)
 
 
 if __name__ == "__main__":

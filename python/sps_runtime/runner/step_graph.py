@@ -28,7 +28,7 @@ from sps_runtime.attention.sequence_parallel.decode import (
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.layers.placement import GroupLinks
 from sps_runtime.layers.step import StepContext
-from sps_runtime.ops.recording import Recorder, Recording
+from sps_runtime.ops.recording import Replayable, StepRecorder
 from sps_runtime.types.plan import Placement, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Shape:
     inputs: DecodeInputs
     attention: DecodeAttention
     context: StepContext
-    recording: Recording | str | None = None
+    recording: Replayable | str | None = None
     attention_bytes: int = 0
     linear_bytes: int = 0
     physical_bytes: int = 0
@@ -75,7 +75,7 @@ class StepGraphs:
         self,
         means: AttentionContext,
         compute: Compute,
-        recorder: Recorder | None,
+        recorder: StepRecorder | None,
         *,
         max_rows: int = 64,
         limit: int = 64,
@@ -116,10 +116,12 @@ class StepGraphs:
         """
         shape = self._shape(plan, links, context)
         shape.inputs.fill(plan, tokens)
-        if isinstance(shape.recording, Recording):
-            logits_RV = self._replay(shape, shape.recording)
-        else:
+        if not shape.attention.refresh():
+            shape.recording = None
+        if shape.recording is None or isinstance(shape.recording, str):
             logits_RV = self._run(shape, links)
+        else:
+            logits_RV = self._replay(shape, shape.recording)
         self._means.traffic.attention_bytes += shape.attention.remote_bytes()
         return logits_RV
 
@@ -158,7 +160,7 @@ class StepGraphs:
         )
         return logits_RV
 
-    def _replay(self, shape: _Shape, recording: Recording) -> Tensor:
+    def _replay(self, shape: _Shape, recording: Replayable) -> Tensor:
         logits_RV = recording.replay()
         traffic = self._means.traffic
         traffic.attention_bytes += shape.attention_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 from sps_runtime.sparse.kernel_operators import KernelSparseOperators
@@ -17,6 +18,16 @@ def choose_operators(kernels: ModuleType | None, threads: int = 1) -> SparseOper
         threads: threads of one call.
     """
     return TorchOperators() if kernels is None else KernelSparseOperators(kernels, threads)
+
+
+def device_operators() -> SparseOperators | None:
+    """Those of a GPU: Triton's; None where it is not installed."""
+    try:
+        found = importlib.import_module("sps_runtime.sparse.triton_operators")
+    except ImportError:
+        return None
+    operators: SparseOperators = found.TritonSparseOperators()
+    return operators
 
 
 def possible(page_size: int, head_dim: int, *, native: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from test.dist.helpers.planner import Planner, Request, Shape
 from torch import Tensor
 
+from sps_runtime.attention.backend import AttentionBackend
 from sps_runtime.attention.choose import choose_backend
 from sps_runtime.attention.context import AttentionContext, SparseMeans
 from sps_runtime.config.cache import kv_row
@@ -93,6 +94,7 @@ def make_contexts(
     ops: Ops,
     native: bool,
     windows: tuple[int | None, ...] = (),
+    make_backend: Callable[[], AttentionBackend] | None = None,
 ) -> list[AttentionContext]:
     """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
     must show. Messages go through `world`, or as between processes of one host."""
@@ -119,9 +121,9 @@ def make_contexts(
                 else world.mailroom(rank, traffic),
                 store=KVStore(readable, mesh.sp_rank),
                 fence=fences.of(rank),
-                backend=choose_backend(
-                    ops, page_size=shape.page_size, head_dim=shape.head_dim
-                ),
+                backend=make_backend()
+                if make_backend is not None
+                else choose_backend(ops, page_size=shape.page_size, head_dim=shape.head_dim),
                 traffic=traffic,
                 hosts=hosts,
                 ops=ops.operators,
@@ -176,6 +178,7 @@ class ThreadEngine:
         ops: operators and attention; the kernels, where they are installed, unless told.
         kv_dtype: as `config.cache` has it.
         record: replay decode steps, where the kernels are installed and all is on one host.
+        make_backend: makes each rank's attention backend.
     """
 
     def __init__(
@@ -193,6 +196,7 @@ class ThreadEngine:
         kv_dtype: str = "auto",
         pipeline: bool = True,
         record: bool = False,
+        make_backend: Callable[[], AttentionBackend] | None = None,
     ) -> None:
         self.sp, self.tp = sp, tp
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
@@ -215,7 +219,10 @@ class ThreadEngine:
         ops = ops or choose_ops()
         record = record and ops.kernels is not None and len(set(hosts)) == 1
         stored = storage_dtype(kv_dtype, dtype)
-        contexts = make_contexts(world, shape, stored, sp, tp, hosts, ops, record, config.layer_windows)
+        windows = config.layer_windows
+        contexts = make_contexts(
+            world, shape, stored, sp, tp, hosts, ops, record, windows, make_backend
+        )
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
         self.models, self.runners = [], []
         for rank, means in enumerate(contexts):

@@ -75,7 +75,8 @@ def decode_inputs(plan: StepPlan, context: AttentionContext, capacity: int) -> D
             for sp_rank in range(mesh.sp_size)
         ),
     )
-    return DecodeInputs(len(plan.sequences), capacity, shape.kv_heads, readers)
+    rows = len(plan.sequences)
+    return DecodeInputs(rows, capacity, shape.kv_heads, readers, context.device)
 
 
 class DecodeAttention:
@@ -91,6 +92,12 @@ class DecodeAttention:
     def __init__(self, inputs: DecodeInputs, context: AttentionContext, sp: Communicator) -> None:
         self._inputs, self._context, self._sp = inputs, context, sp
         self.layers: dict[int | None, int] = {}
+
+    def refresh(self) -> bool:
+        """The arrays hold another step's values. False: no recording can be replayed with them."""
+        backend = self._context.backend
+        refreshed = [backend.refresh(lists) for lists in self._inputs.standing()]
+        return all(refreshed)
 
     def begin(self) -> None:
         """Before each run of the layers' code."""
