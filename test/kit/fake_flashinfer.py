@@ -111,6 +111,75 @@ def _check_workspace(workspace: Tensor, kv_layout: str) -> None:
     assert workspace.numel() >= 128 << 20 and kv_layout == "HND"
 
 
+class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
+    @checked
+    def __init__(self, workspace: Tensor, kv_layout: str = "NHD") -> None:
+        _check_workspace(workspace, kv_layout)
+
+    @checked
+    def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
+        assert floats.dtype == ints.dtype == torch.uint8
+
+    @checked
+    def plan(
+        self, qo_indptr: Tensor, kv_indptr: Tensor, indices: Tensor, last: Tensor,
+        heads: int, kv_heads: int, dim: int, page_size: int, *, causal: bool,
+        sm_scale: float, window_left: int, q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:  # fmt: skip
+        assert qo_indptr.dtype == torch.int32 and (qo_indptr.diff() > 0).all()
+        self._keep(
+            kind="prefill", qo_indptr=qo_indptr, kv_indptr=kv_indptr, indices=indices,
+            last_page_len=last, heads=heads, kv_heads=kv_heads, dim=dim,
+            page_size=page_size, causal=causal, sm_scale=sm_scale,
+            window_left=window_left, q_data_type=q_data_type, kv_data_type=kv_data_type,
+        )  # fmt: skip
+
+    @checked
+    def run(self, q: Tensor, kv: tuple[Tensor, Tensor], *, return_lse: bool) -> Any:
+        assert return_lse
+        return self._run(q, *kv)
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+    @checked
+    def __init__(
+        self, workspace: Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False, paged_kv_indptr_buffer: Tensor | None = None,
+        paged_kv_indices_buffer: Tensor | None = None,
+        paged_kv_last_page_len_buffer: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        _check_workspace(workspace, kv_layout)
+        self.tensor_cores, self.graph = use_tensor_cores, use_cuda_graph
+        self.buffers = (
+            paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
+        )  # fmt: skip
+        assert all((b is not None) == use_cuda_graph for b in self.buffers)
+
+    @checked
+    def plan(
+        self, indptr: Tensor, indices: Tensor, last: Tensor, heads: int, kv_heads: int,
+        dim: int, page_size: int, *, sm_scale: float, window_left: int,
+        q_data_type: torch.dtype, kv_data_type: torch.dtype,
+    ) -> None:  # fmt: skip
+        assert self.tensor_cores or kv_data_type != torch.float8_e4m3fn
+        if self.graph:
+            kv_indptr, room, lengths = self.buffers
+            assert len(indptr) == len(kv_indptr) and len(last) == len(lengths)
+            assert len(indices) <= len(room), "more pages than the graph has room for"
+        self._keep(
+            kind="decode", qo_indptr=torch.arange(len(last) + 1), kv_indptr=indptr,
+            indices=indices, last_page_len=last, heads=heads, kv_heads=kv_heads,
+            dim=dim, page_size=page_size, causal=False, sm_scale=sm_scale,
+            window_left=window_left, q_data_type=q_data_type, kv_data_type=kv_data_type,
+        )  # fmt: skip
+
+    @checked
+    def run(self, q: Tensor, kv: tuple[Tensor, Tensor], *, return_lse: bool) -> Any:
+        assert return_lse
+        return self._run(q, *kv)
+
+
 class FakeFlashInfer:
     """The module: an object with what we use of it."""
 
@@ -121,78 +190,9 @@ class FakeFlashInfer:
         runs: list[int] = []
         self.plans, self.runs = plans, runs
         self.merges = 0
-
-        class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
-            @checked
-            def __init__(self, workspace: Tensor, kv_layout: str = "NHD") -> None:
-                _check_workspace(workspace, kv_layout)
-                self.plans, self.runs = plans, runs
-
-            @checked
-            def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
-                assert floats.dtype == ints.dtype == torch.uint8
-
-            @checked
-            def plan(
-                self, qo_indptr: Tensor, kv_indptr: Tensor, indices: Tensor, last: Tensor,
-                heads: int, kv_heads: int, dim: int, page_size: int, *, causal: bool,
-                sm_scale: float, window_left: int, q_data_type: torch.dtype,
-                kv_data_type: torch.dtype,
-            ) -> None:  # fmt: skip
-                assert qo_indptr.dtype == torch.int32 and (qo_indptr.diff() > 0).all()
-                self._keep(
-                    kind="prefill", qo_indptr=qo_indptr, kv_indptr=kv_indptr, indices=indices,
-                    last_page_len=last, heads=heads, kv_heads=kv_heads, dim=dim,
-                    page_size=page_size, causal=causal, sm_scale=sm_scale,
-                    window_left=window_left, q_data_type=q_data_type, kv_data_type=kv_data_type,
-                )  # fmt: skip
-
-            @checked
-            def run(self, q: Tensor, kv: tuple[Tensor, Tensor], *, return_lse: bool) -> Any:
-                assert return_lse
-                return self._run(q, *kv)
-
-        class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
-            @checked
-            def __init__(
-                self, workspace: Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
-                use_tensor_cores: bool = False, paged_kv_indptr_buffer: Tensor | None = None,
-                paged_kv_indices_buffer: Tensor | None = None,
-                paged_kv_last_page_len_buffer: Tensor | None = None,
-            ) -> None:  # fmt: skip
-                _check_workspace(workspace, kv_layout)
-                self.plans, self.runs = plans, runs
-                self.tensor_cores, self.graph = use_tensor_cores, use_cuda_graph
-                self.buffers = (
-                    paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
-                )  # fmt: skip
-                assert all((b is not None) == use_cuda_graph for b in self.buffers)
-
-            @checked
-            def plan(
-                self, indptr: Tensor, indices: Tensor, last: Tensor, heads: int, kv_heads: int,
-                dim: int, page_size: int, *, sm_scale: float, window_left: int,
-                q_data_type: torch.dtype, kv_data_type: torch.dtype,
-            ) -> None:  # fmt: skip
-                assert self.tensor_cores or kv_data_type != torch.float8_e4m3fn
-                if self.graph:
-                    kv_indptr, room, lengths = self.buffers
-                    assert len(indptr) == len(kv_indptr) and len(last) == len(lengths)
-                    assert len(indices) <= len(room), "more pages than the graph has room for"
-                self._keep(
-                    kind="decode", qo_indptr=torch.arange(len(last) + 1), kv_indptr=indptr,
-                    indices=indices, last_page_len=last, heads=heads, kv_heads=kv_heads,
-                    dim=dim, page_size=page_size, causal=False, sm_scale=sm_scale,
-                    window_left=window_left, q_data_type=q_data_type, kv_data_type=kv_data_type,
-                )  # fmt: skip
-
-            @checked
-            def run(self, q: Tensor, kv: tuple[Tensor, Tensor], *, return_lse: bool) -> Any:
-                assert return_lse
-                return self._run(q, *kv)
-
-        self.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper
-        self.BatchDecodeWithPagedKVCacheWrapper = BatchDecodeWithPagedKVCacheWrapper
+        recording = {"plans": plans, "runs": runs}
+        for wrapper in (BatchPrefillWithPagedKVCacheWrapper, BatchDecodeWithPagedKVCacheWrapper):
+            setattr(self, wrapper.__name__, type(wrapper.__name__, (wrapper,), recording))
 
     def merge_state(self, v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> Any:
         check_call(("merge_state",), (v_a, s_a, v_b, s_b), {})

@@ -29,7 +29,8 @@ from sps_runtime.attention.backend import (
     Partial,
     QueryRun,
 )
-from sps_runtime.attention.flashinfer_calls import Call, Calls, Items, plan_calls
+from sps_runtime.attention.flashinfer_calls import Call, Calls, Ints, Items, plan_calls
+from sps_runtime.attention.flashinfer_items import as_runs, by_head, of_lists, of_runs
 from sps_runtime.attention.flashinfer_wrappers import Planned, Wrappers
 from sps_runtime.ops.kv_rows import row_format
 from sps_runtime.ops.merge_state import merge_rows_, merge_states
@@ -104,7 +105,7 @@ class FlashInferBackend:
         pools = _cut_heads(pool, kv_heads)
         layout = _layout(q_THD, pools)
         key = (id(runs), layout, scale, window)
-        step = self._steps.get(key) or self._plan(key, runs, _of_runs(runs), layout, scale, window)
+        step = self._steps.get(key) or self._plan(key, runs, of_runs(runs), layout, scale, window)
         return self._attend(step, q_THD, pools, layout, scale, window)
 
     def partial_lists(
@@ -124,7 +125,7 @@ class FlashInferBackend:
             key = (id(lists), layout, scale, window)
             step = self._steps.get(key)
             if step is None:
-                found = _of_lists(lists, items)
+                found = of_lists(lists, items)
                 room = len(lists.page_ids) if lists.standing else None
                 step = self._plan(key, lists, found, layout, scale, window, room)
             return self._attend(step, q_THD, pool, layout, scale, window)
@@ -151,7 +152,7 @@ class FlashInferBackend:
         """Plan the same wrappers, which a graph may hold, for other values; where these need other
         calls, forget the plan."""
         _, layout, scale, window = key
-        items = _of_lists(lists, lists.items.cpu().numpy().astype(np.int64))
+        items = of_lists(lists, lists.items.cpu().numpy().astype(np.int64))
         found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
         shapes = [[_shape(call) for call in calls] for calls in (found.calls, _calls(step))]
         if shapes[0] != shapes[1] or found.others or step.others:
@@ -221,7 +222,7 @@ class FlashInferBackend:
     ) -> Partial:
         partial = self._run(step, q_THD, pool, layout)
         for others in step.others:
-            rest = _as_runs(others)
+            rest = as_runs(others)
             other = self._fallback.partial(q_THD, rest, pool, scale=scale, window=window)
             merge_rows_(partial.o, partial.lse, None, other.o, other.lse)
         return partial
@@ -252,7 +253,7 @@ class FlashInferBackend:
         self,
         q_THD: Tensor,
         lists: PageLists,
-        items: np.ndarray,
+        items: Ints,
         pool: PagePool,
         scale: float,
         window: int | None,
@@ -268,7 +269,7 @@ class FlashInferBackend:
             pool.slots_per_rank * kv_heads,
         )
         layout = _layout(q, flat)
-        each = _by_head(_of_lists(lists, items), items, kv_heads, tokens)
+        each = by_head(of_lists(lists, items), items, kv_heads, tokens)
         found = plan_calls(each, layout.rows, layout.page_size, layout.slots, window)
         if found.others:
             return self._fallback.partial_lists(q_THD, lists, pool, scale=scale, window=window)
@@ -345,57 +346,3 @@ def _nothing(q_THD: Tensor) -> Partial:
 
 def _base2(partial: Partial) -> tuple[Tensor, Tensor]:
     return partial.o.contiguous(), (partial.lse / LN2).clamp_min(_NOTHING)
-
-
-def _of_runs(runs: Sequence[QueryRun]) -> Items:
-    fields = [(run.row, run.count, run.position, run.kv_len, len(run.page_ids)) for run in runs]
-    row, count, position, kv_len, pages = np.array(fields, dtype=np.int64).T
-    return Items(
-        row,
-        count,
-        position,
-        kv_len,
-        begin=np.cumsum(pages) - pages,
-        pages=pages,
-        ids=torch.cat([run.page_ids for run in runs]).cpu().numpy().astype(np.int64),
-        positions=torch.cat([run.page_positions for run in runs]).cpu().numpy().astype(np.int64),
-    )
-
-
-def _as_runs(items: Items) -> list[QueryRun]:
-    runs = []
-    for i in range(len(items)):
-        at = slice(int(items.begin[i]), int(items.begin[i] + items.pages[i]))
-        ids = torch.from_numpy(items.ids[at].astype(np.int32))
-        positions = torch.from_numpy(items.positions[at].astype(np.int32))
-        row, count, position = (int(x[i]) for x in (items.row, items.count, items.position))
-        runs.append(QueryRun(row, count, position, ids, positions, int(items.kv_len[i])))
-    return runs
-
-
-def _of_lists(lists: PageLists, items: np.ndarray) -> Items:
-    row, count, position, begin, pages, kv_len = items[:, :6].T
-    ids, positions = (
-        x.cpu().numpy().astype(np.int64) for x in (lists.page_ids, lists.page_positions)
-    )
-    return Items(row, count, position, kv_len, begin, pages, ids, positions)
-
-
-def _by_head(found: Items, fields: np.ndarray, kv_heads: int, tokens: int) -> Items:
-    """An item for each KV head; page ids count heads of pages."""
-    first, count = fields[:, 6], fields[:, 7]
-    item = np.repeat(np.arange(len(found)), count)
-    head = first[item] + np.arange(len(item)) - np.repeat(np.cumsum(count) - count, count)
-    pages = found.pages[item]
-    begin = np.cumsum(pages) - pages
-    place = np.repeat(found.begin[item] - begin, pages) + np.arange(int(pages.sum()))
-    return Items(
-        row=head * tokens + found.row[item],
-        count=found.count[item],
-        position=found.position[item],
-        kv_len=found.kv_len[item],
-        begin=begin,
-        pages=pages,
-        ids=found.ids[place] * kv_heads + np.repeat(head, pages),
-        positions=found.positions[place],
-    )

@@ -205,24 +205,22 @@ class ThreadEngine:
         self._waiting: dict[int, list[Answer]] = {}
         hosts = hosts or (0,) * sp
         dtype = arena.layout.dtype
-        itemsize, scale_bytes = (dtype.itemsize, 0) if kv_dtype == "auto" else kv_row(kv_dtype)
+        row = (dtype.itemsize, 0) if kv_dtype == "auto" else kv_row(kv_dtype)
         shape = KVShape(
             layers=config.num_layers,
             slots=pages_per_rank,
             kv_heads=config.kv_heads_per_rank(tp),
             page_size=page_size,
             head_dim=config.head_dim,
-            itemsize=itemsize,
-            scale_bytes=scale_bytes,
+            itemsize=row[0],
+            scale_bytes=row[1],
         )
         world = ThreadWorld(sp * tp, timeout_s=PATIENCE_S)
         ops = ops or choose_ops()
         record = record and ops.kernels is not None and len(set(hosts)) == 1
         stored = storage_dtype(kv_dtype, dtype)
-        windows = config.layer_windows
-        contexts = make_contexts(
-            world, shape, stored, sp, tp, hosts, ops, record, windows, make_backend
-        )
+        shared = (world, shape, stored, sp, tp, hosts, ops, record)
+        contexts = make_contexts(*shared, config.layer_windows, make_backend)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
         self.models, self.runners = [], []
         for rank, means in enumerate(contexts):
