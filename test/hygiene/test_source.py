@@ -10,7 +10,8 @@ from test.hygiene import lint
 
 SHIPPED = [lint.PACKAGE]
 OURS = [
-    lint.ROOT / name for name in ("python", "test", "benchmark", "recipes", "sgl-kernel/python")
+    lint.ROOT / name
+    for name in ("python", "test", "examples", "benchmark", "recipes", "sgl-kernel/python")
 ]
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX)\b|NotImplementedError")
 MAX_FILE_LINES = 400
