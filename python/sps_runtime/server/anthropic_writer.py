@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from sps_runtime.frontend.parsing.answer_parser import AnswerParser
 from sps_runtime.frontend.parsing.events import CallArguments, CallBegin, Event, Reasoning, Text
@@ -16,6 +18,20 @@ from sps_runtime.server.event_stream import Framing, named_event
 from sps_runtime.server.openai_common import attention_report
 
 _ERROR_TYPES = {"service_unavailable": "overloaded_error", "internal_server_error": "api_error"}
+
+
+class AnthropicErrorFields(msgspec.Struct):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, kw_only=True):
+    """The body of an error of Anthropic's routes."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorFields
 
 
 class MessageWriter:
@@ -149,7 +165,8 @@ def anthropic_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """Return the status and the body for any exception, in Anthropic's form."""
     status, body = describe(error)
     kind = _ERROR_TYPES.get(body["type"], body["type"])
-    return status, {"type": "error", "error": {"type": kind, "message": body["message"]}}
+    fields = AnthropicErrorFields(kind, body["message"])
+    return status, msgspec.to_builtins(AnthropicError(error=fields))
 
 
 NAMED = Framing(named_event, lambda error: named_event(anthropic_error(error)[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -19,7 +19,29 @@ _STRING = re.compile(rb'"[^"]*"')
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$|- at `key` in `\$\.?([^`]*)`$")
-NOTHING = msgspec.Raw(b"null")
+
+_IDS = {"type": "array", "items": {"type": "integer"}}
+_ID_LISTS = [_IDS, {"type": "array", "items": _IDS}]
+_TEXTS = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+_ID_ROWS = {"type": "array", "items": {"anyOf": [_IDS, {"type": "null"}]}}
+
+
+def _documented(*forms: object) -> msgspec.Meta:
+    """What a value that is decoded by hand may be, for the OpenAPI document."""
+    return msgspec.Meta(extra_json_schema={"anyOf": [*forms, {"type": "null"}]})
+
+
+Prompts = Annotated[msgspec.Raw, _documented(*_TEXTS, *_ID_LISTS)]
+"""Text, token ids, or a list of either."""
+IdLists = Annotated[msgspec.Raw, _documented(*_ID_LISTS)]
+"""Token ids, or a list of such lists."""
+WantedIds = Annotated[msgspec.Raw, _documented(_IDS, _ID_ROWS)]
+"""Token ids for all prompts, or for each of them."""
+
+
+def nothing() -> msgspec.Raw:
+    """What a field is that was not given."""
+    return msgspec.Raw(b"null")
 
 
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:

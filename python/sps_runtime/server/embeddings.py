@@ -13,7 +13,7 @@ from sps_runtime.frontend.query import Query, TextPrompt, TokenPrompt
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.answers import Answer, complete_many
 from sps_runtime.server.auth import Identity
-from sps_runtime.server.body import NOTHING
+from sps_runtime.server.body import Prompts, nothing
 from sps_runtime.server.openai_common import attention_report, labels_of, usage
 from sps_runtime.server.openai_types import parse_prompts
 from sps_runtime.server.requests import read_request
@@ -33,7 +33,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
         normalize: divide the vector by its length; true unless told.
     """
 
-    input: msgspec.Raw = NOTHING
+    input: Prompts = msgspec.field(default_factory=nothing)
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     normalize: bool | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -48,13 +48,36 @@ class AnswerFailed(SpsError):
         self.status = status
 
 
+class ErrorFields(msgspec.Struct, kw_only=True):
+    """What went wrong.
+
+    Attributes:
+        param: the field as the client wrote it, by its path.
+    """
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(ErrorFields, kw_only=True):
+    """The body of every error, but those of Anthropic's routes."""
+
+    object: Literal["error"] = "error"
+    error: ErrorFields
+
+
 def error_body(
     message: str, status: int, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """Return the JSON of an error."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
-    fields = {"message": message, "type": kind, "param": param, "code": code}
-    return {"object": "error", **fields, "error": fields}
+    fields = ErrorFields(message=message, type=kind, param=param, code=code)
+    body: dict[str, Any] = msgspec.to_builtins(
+        ErrorAnswer(message=message, type=kind, param=param, code=code, error=fields)
+    )
+    return body
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:

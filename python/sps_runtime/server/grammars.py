@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from sps_runtime.frontend.query import Query
-from sps_runtime.server.body import NOTHING, is_nothing
+from sps_runtime.server.body import is_nothing, nothing
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.grammar import ANY_JSON_OBJECT, GrammarKind, GrammarSpec
 
@@ -30,7 +30,7 @@ class Grammar:
 class JsonSchemaFormat(msgspec.Struct):
     """``response_format.json_schema``."""
 
-    schema: msgspec.Raw = NOTHING
+    schema: msgspec.Raw = msgspec.field(default_factory=nothing)
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
@@ -41,8 +41,8 @@ class ResponseFormat(msgspec.Struct):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
-    structures: msgspec.Raw = NOTHING
-    triggers: msgspec.Raw = NOTHING
+    structures: msgspec.Raw = msgspec.field(default_factory=nothing)
+    triggers: msgspec.Raw = msgspec.field(default_factory=nothing)
 
 
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ import msgspec
 
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
-from sps_runtime.server.body import NOTHING, decode
+from sps_runtime.server.body import Prompts, decode, nothing
 from sps_runtime.server.chat_messages import Message
 from sps_runtime.server.grammars import GrammarFields
 from sps_runtime.server.tools import Choice, NamedTool, Tool
@@ -81,7 +81,7 @@ class OpenAIBody(GrammarFields, kw_only=True):
 class CompletionBody(OpenAIBody, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: msgspec.Raw = NOTHING
+    prompt: Prompts = msgspec.field(default_factory=nothing)
     echo: bool | None = None
     logprobs: int | None = None
 

@@ -21,7 +21,7 @@ from sps_runtime.frontend.query import (
 )
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.answers import Answer, complete_many
-from sps_runtime.server.body import NOTHING
+from sps_runtime.server.body import Prompts, nothing
 from sps_runtime.server.embeddings import check_count
 from sps_runtime.server.openai_common import usage
 from sps_runtime.server.openai_types import parse_prompts
@@ -44,7 +44,7 @@ class ScoreBody(msgspec.Struct, kw_only=True):
     """
 
     query: str | list[int] | None = None
-    items: msgspec.Raw = NOTHING
+    items: Prompts = msgspec.field(default_factory=nothing)
     label_token_ids: list[int] | None = None
     apply_softmax: bool | None = None
     item_first: bool | None = None

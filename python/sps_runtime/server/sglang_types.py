@@ -10,7 +10,7 @@ import msgspec
 from sps_runtime.frontend.attention_options import FIELD as ATTENTION
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import LogprobOptions, SamplingOptions
-from sps_runtime.server.body import NOTHING, decode, is_nothing
+from sps_runtime.server.body import IdLists, WantedIds, decode, is_nothing, nothing
 from sps_runtime.server.grammars import Grammar, given, only
 from sps_runtime.types.errors import InvalidRequest
 
@@ -60,7 +60,7 @@ class NativeInput(msgspec.Struct, kw_only=True):
     """What every native route takes."""
 
     text: str | list[str] | None = None
-    input_ids: msgspec.Raw = NOTHING
+    input_ids: IdLists = msgspec.field(default_factory=nothing)
     rid: str | list[str] | None = None
     attention: AttentionOptions | list[AttentionOptions | None] | None = None
 
@@ -109,7 +109,7 @@ class GenerateBody(NativeInput, kw_only=True):
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
     top_logprobs_num: int | list[int] | None = None
-    token_ids_logprob: msgspec.Raw = NOTHING
+    token_ids_logprob: WantedIds = msgspec.field(default_factory=nothing)
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
 
@@ -159,7 +159,7 @@ class EncodeBody(NativeInput, kw_only=True):
         normalize: divide the vector by its length; true unless told.
     """
 
-    sampling_params: msgspec.Raw = NOTHING
+    sampling_params: msgspec.Raw = msgspec.field(default_factory=nothing)
     normalize: bool | None = None
     model: str | None = None
 

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp
 from sps_runtime.frontend.query import ChatPrompt, Query, TextPrompt
 from sps_runtime.frontend.validation import check_ids
 from sps_runtime.server.admin import as_json
-from sps_runtime.server.body import NOTHING, decode, is_nothing
+from sps_runtime.server.body import IdLists, decode, is_nothing, nothing
 from sps_runtime.server.chat_messages import Message, chat_prompt
 from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
@@ -28,7 +28,7 @@ class TokenizeBody(msgspec.Struct):
 class DetokenizeBody(msgspec.Struct):
     """POST /detokenize."""
 
-    tokens: msgspec.Raw = NOTHING
+    tokens: IdLists = msgspec.field(default_factory=nothing)
     skip_special_tokens: bool | None = None
     model: str | None = None
 
