@@ -10,6 +10,7 @@ import argparse
 import json
 import mmap
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from make_model import SHAPES
 from sps_runtime.attention.choose import choose_backend
@@ -41,7 +43,7 @@ from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.sparse.dispatch import choose_operators
 from sps_runtime.telemetry.timeline import open_timeline
 from sps_runtime.types.attention import EXACT, AttentionSpec, SparseSettings
-from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan, Strategy
+from sps_runtime.types.plan import Placement, SamplePlan, SequencePlan, StepPlan, Strategy
 from sps_runtime.types.sampling import SamplingParams
 from sps_runtime.types.tokens import pack_ids
 
@@ -57,6 +59,9 @@ class Prefill:
         chunk: tokens of a step; 0 for the whole prompt in one.
         placement: a name of `kvcache.placement`.
         sparse: fields of `SparseSettings`; None for exact attention.
+        decode: tokens generated behind the prompt, timed apart.
+        decode_strategy: ``pass_q``, where queries travel, or ``pass_kv``, which pulls KV.
+        decode_placement: of the linear layers while decoding.
     """
 
     tokens: int
@@ -66,9 +71,13 @@ class Prefill:
     chunk: int = 0
     placement: str = "zigzag"
     sparse: dict[str, Any] | None = None
+    decode: int = 0
+    decode_strategy: Strategy = "pass_q"
+    decode_placement: Placement = "sharded"
 
     def plans(self, epoch: int, ranks: int, slots: int) -> list[StepPlan]:
-        """The steps of the prompt; its first token is sampled in the last."""
+        """The steps of the prompt; its first token is sampled in the last. Then those that decode,
+        one token each."""
         group = tuple(range(ranks if self.world == "sp" else 1))
         draw = random.Random(self.tokens)
         prompt = [draw.randrange(300, 30_000) for _ in range(self.tokens)]
@@ -81,21 +90,16 @@ class Prefill:
             count = min(size, self.tokens - start)
             pages += [next(free[rank]) for rank in self._deal(spec, start, start + count, group)]
             last = start + count == self.tokens
-            sequence = SequencePlan(
-                slot=0,
-                start=start,
-                count=count,
-                tokens=pack_ids(prompt[start : start + count]),
-                pages=pack_ids(pages),
-                sample=SamplePlan(SamplingParams(temperature=0.0)) if last else None,
-                attention=spec,
-                summaries_from=start,
-            )
-            plans.append(
-                StepPlan(
-                    epoch + len(plans), group, (sequence,), strategy=self.strategy, phase="prefill"
-                )
-            )
+            told = prompt[start : start + count]
+            sequence = _sequence(start, told, pages, last, spec)
+            step = StepPlan(epoch + len(plans), group, (sequence,), strategy=self.strategy)
+            plans.append(replace(step, phase="prefill"))
+        for position in range(self.tokens, self.tokens + self.decode):
+            if position % PAGE == 0:
+                pages.append(next(free[pages[-1] // slots]))
+            sequence = _sequence(position, prompt[:1], pages, True, EXACT)
+            step = StepPlan(epoch + len(plans), group, (sequence,), self.decode_placement)
+            plans.append(replace(step, strategy=self.decode_strategy, phase="decode"))
         return plans
 
     def _deal(
@@ -109,6 +113,21 @@ class Prefill:
         quotas = divide(-(-stop // PAGE) - -(-start // PAGE), room)
         assert quotas is not None
         return place(quotas)
+
+
+def _sequence(
+    start: int, tokens: list[int], pages: list[int], sample: bool, spec: AttentionSpec
+) -> SequencePlan:
+    return SequencePlan(
+        slot=0,
+        start=start,
+        count=len(tokens),
+        tokens=pack_ids(tokens),
+        pages=pack_ids(pages),
+        sample=SamplePlan(SamplingParams(temperature=0.0)) if sample else None,
+        attention=spec,
+        summaries_from=start,
+    )
 
 
 class Rank:
@@ -138,16 +157,18 @@ class Rank:
             self.run(Prefill(512, world=world))
 
     def run(self, ask: Prefill) -> dict[str, Any]:
-        """Prefill, and say when it began and ended, and what crossed."""
+        """Prefill, and say when it began and ended, and what crossed; then decode, and say how long
+        a token took."""
         runner = self._runner(ask.world, ask.pipeline)
         plans = ask.plans(self._epoch, self.size, self.slots)
         self._epoch += len(plans)
         everyone = self._mailroom.group(tuple(range(self.size)))
         all_gather(everyone, torch.ones(1), [1] * self.size, "control")
         began = time.monotonic()
-        results = [runner.execute(plan) for plan in plans]
+        results = [runner.execute(plan) for plan in plans if plan.phase == "prefill"]
         ended = time.monotonic()
         self._timeline.flush()
+        decode_s = self._decode(runner, [plan for plan in plans if plan.phase == "decode"])
         counters = [result.counters for result in results]
         sparse = [one for result in results for one in result.sparse]
         counts = {
@@ -156,7 +177,16 @@ class Rank:
         }
         fields = ("sent_bytes", "linear_bytes", "physical_bytes", "exposed_s", "compute_s")
         totals = {name: sum(getattr(c, name) for c in counters) for name in fields}
-        return {"began": began, "ended": ended, **totals, **counts}
+        return {"began": began, "ended": ended, "decode_s": decode_s, **totals, **counts}
+
+    def _decode(self, runner: ModelRunner, plans: list[StepPlan]) -> float:
+        """Seconds a token, the median."""
+        times = [0.0]
+        for plan in plans:
+            began = time.monotonic()
+            runner.execute(plan)
+            times.append(time.monotonic() - began)
+        return statistics.median(times[1:] or times)
 
     def _runner(self, world: str, pipeline: bool) -> ModelRunner:
         key = (world, pipeline)
