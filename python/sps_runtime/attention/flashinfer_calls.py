@@ -194,7 +194,7 @@ class _Pool:
                     self._sorted.setdefault((name, window), []).append(found)
 
     def _kinds(self, items: Items) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        """Of each item its kind, and whether the window binds it."""
+        """Of each item its kind, and whether its call is told the window."""
         page, stop = self._page, items.position + items.count
         item, place = items.entries_of()
         starts = items.positions[place]
@@ -220,7 +220,9 @@ class _Pool:
         contiguous = (last - begin) // page + 1 == items.pages
         ends = (last + page >= stop) & (stop <= items.kv_len)
         kind[bound & (kind != _ODD) & ~(contiguous & ends)] = _OTHER
-        return kind, bound
+        # Gaps only make keys look nearer, so a window that binds none of an item's rows does not
+        # when it is told: items go together, and calls stay the same from step to step.
+        return kind, np.ones(len(items), dtype=np.bool_)
 
     def _cut(self, items: Items) -> Iterator[Items]:
         """Items with rows between which pages begin, or cease, to be missing."""
