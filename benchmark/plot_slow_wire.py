@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-UNLIMITED = 1000.0
-"""Where a wire without a limit is drawn, in megabits a second."""
+from slow_wire_cells import STRATEGIES
+from slow_wire_figures import Rows, crossovers, curve
 
 
-def draw(axes: Axes, rows: list[dict[str, Any]], tokens: int) -> None:
-    """Seconds a layer over the wire's rate, a line for each strategy."""
-    kinds = sorted({(row["strategy"], row["pipeline"]) for row in rows})
-    for strategy, pipeline in kinds:
-        mine = [row for row in rows if (row["strategy"], row["pipeline"]) == (strategy, pipeline)]
-        points = sorted((row["mbit"] or UNLIMITED, row["ttft_s"] / row["layers"]) for row in mine)
-        label = strategy + (", in flight" if pipeline else "")
-        axes.plot(*zip(*points, strict=True), "o-" if pipeline else "s--", label=label)
+def draw(axes: Axes, done: Rows, tokens: int) -> None:
+    """Seconds a layer over the wire's rate, a colour for each strategy; circles where two cross."""
+    for number, strategy in enumerate(STRATEGIES):
+        for pipeline, style in ((False, "s--"), (True, "o-")):
+            points = curve(done, strategy, pipeline, tokens)
+            if points:
+                label = strategy + (", in flight" if pipeline else "")
+                rates, seconds = zip(*points, strict=True)
+                axes.plot(rates, seconds, style, color=f"C{number}", label=label, markersize=4)
+    for _, _, mbit, seconds in crossovers(done, tokens):
+        axes.plot(mbit, seconds, "o", color="black", fillstyle="none", markersize=11)
     axes.set(xscale="log", yscale="log", title=f"{tokens} tokens", xlabel="Mb/s (1000: no limit)")
     axes.legend(fontsize=7)
 
@@ -29,11 +31,11 @@ def draw(axes: Axes, rows: list[dict[str, Any]], tokens: int) -> None:
 def main(
     source: str = "benchmark/results/slow_wire.json", target: str = "docs/slow_wire.png"
 ) -> None:
-    rows = list(json.loads(Path(source).read_text())["raw"].values())
-    lengths = sorted({row["tokens"] for row in rows})
+    done: Rows = json.loads(Path(source).read_text())["raw"]
+    lengths = sorted({row["tokens"] for row in done.values()})
     figure, panels = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False)
     for axes, tokens in zip(panels[0], lengths, strict=True):
-        draw(axes, [row for row in rows if row["tokens"] == tokens], tokens)
+        draw(axes, done, tokens)
     panels[0][0].set_ylabel("seconds to the first token, a layer")
     figure.tight_layout()
     figure.savefig(target, dpi=120)

@@ -2,10 +2,15 @@
 hide?
 
 Two network namespaces joined by a veth pair, each end shaped by ``tc tbf`` (root is needed), a rank
-with one thread in each. The shape is `gqa8` with fewer layers where a run would be long: seconds
-per layer are what compares, and figures of all 8 layers are extrapolated linearly and called so.
+with one thread in each. The shape is `gqa8` with fewer layers where a run would be long
+(`slow_wire_cells.py`): seconds per layer are what compares, and figures of all 8 layers are
+extrapolated linearly from fewer and called so (`slow_wire_figures.py`).
 
-    python benchmark/slow_wire.py [--quick] [--cells TEXT] [--resume] [--json FILE]
+    python benchmark/slow_wire.py [--quick] [--cells TEXT] [--resume] [--seconds 100]
+        [--trace-file FILE] [--json FILE]
+
+All cells take about half an hour. With --resume and --seconds each call measures some of those that
+are left, for about so long.
 
 Connections use reno: bbr takes acknowledgements that wait behind data of the other direction, in a
 queue like this one's, for a slow wire, and sends a fifth less.
@@ -16,70 +21,35 @@ Metrics are defined in benchmark/README.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from harness import ROOT, arguments, commit, machine
-from slow_wire_rank import Prefill
+from slow_wire_cells import Cell, cells
+from slow_wire_figures import figures
+from sps_runtime.telemetry import timeline
 
 sys.path.insert(0, str(ROOT))
 from test.kit.hosts import ADDRESSES, TwoHosts, available
 
-LAYERS = 8
-RUN_LAYERS = {2048: 2, 8192: 2, 16384: 2, 32768: 1}
-"""Layers that a run of a length has."""
-RATES = {8192: (340.0, 100.0, 34.0, 10.0), 16384: (340.0, 34.0), 32768: (340.0, 34.0, 5.0)}
-"""Megabits a second of each end; at 5, exact strategies communicate three times longer than they
-compute 32k tokens."""
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "tp": {"world": "tp"},
-    "pass_kv": {"strategy": "pass_kv"},
-    "ulysses": {"strategy": "ulysses"},
-    "stride_csa": {"sparse": {"estimator": "stride"}},
-    "block_csa": {"sparse": {}},
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One line of the table.
-
-    Attributes:
-        mbit: of each end; 0 for an unlimited wire.
-    """
-
-    strategy: str
-    pipeline: bool
-    tokens: int
-    mbit: float
-
-    @property
-    def name(self) -> str:
-        wire = f"{self.mbit:g}mbit" if self.mbit else "free"
-        return f"{self.strategy}{'' if self.pipeline else '_sequential'}_{self.tokens}_{wire}"
-
-    @property
-    def layers(self) -> int:
-        """Of a run; one is enough where nothing flies from one to the next."""
-        return 1 if self.strategy == "tp" else RUN_LAYERS[self.tokens]
-
-    def ask(self) -> Prefill:
-        return Prefill(self.tokens, pipeline=self.pipeline, **STRATEGIES[self.strategy])
+START_S = 12.0
+"""About what two ranks need to be ready."""
 
 
 class Ranks:
     """Two rank processes on two hosts, as a context manager."""
 
-    def __init__(self, hosts: TwoHosts, layers: int, tokens: int) -> None:
+    def __init__(self, hosts: TwoHosts, layers: int, tokens: int, trace: str = "") -> None:
         self._hosts = hosts
-        self._told = (",".join(ADDRESSES), str(layers), str(tokens))
+        self._told = (",".join(ADDRESSES), str(layers), str(tokens), trace)
 
     def __enter__(self) -> Ranks:
         program = str(ROOT / "benchmark" / "slow_wire_rank.py")
@@ -127,29 +97,30 @@ def _read(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
-def cells(quick: bool) -> Iterator[Cell]:
-    """All cells, those of a length together."""
-    rates = {2048: (34.0,)} if quick else RATES
-    for tokens in rates:
-        for mbit in (0.0, *rates[tokens]):
-            for strategy in STRATEGIES:
-                pipelined = (False,) if strategy == "tp" or not mbit else (False, True)
-                yield from (Cell(strategy, on, tokens, mbit) for on in pipelined)
-
-
-def run(wanted: list[Cell], done: dict[str, Any], keep: Path | None) -> None:
-    """Measure what is not in `done` yet, and write it there."""
-    left = [cell for cell in wanted if cell.name not in done]
+def run(left: list[Cell], done: dict[str, Any], keep: Path | None, trace: str) -> None:
+    """Measure cells, and write them to `done`."""
     with tempfile.TemporaryDirectory() as folder, TwoHosts(Path(folder)) as hosts:
         hosts.congestion_control("reno")
-        for layers in sorted({cell.layers for cell in left}):
-            mine = [cell for cell in left if cell.layers == layers]
-            with Ranks(hosts, layers, max(cell.tokens for cell in mine)) as ranks:
+        for layers, together in itertools.groupby(left, lambda cell: cell.layers):
+            mine = list(together)
+            with Ranks(hosts, layers, max(cell.tokens for cell in mine), trace) as ranks:
                 for cell in mine:
                     row = {**asdict(cell), "layers": layers, **ranks.measure(cell)}
                     done[cell.name] = row
-                    print(f"{cell.name:40}{row['ttft_s']:9.3f} s", flush=True)
+                    print(f"{cell.name:40}{row['ttft_s']:9.3f} s, {layers} layers", flush=True)
                     save(keep, done)
+
+
+def fitting(left: list[Cell], seconds: float) -> list[Cell]:
+    """The first that fit into so many seconds, ranks' start and all; one at least."""
+    found: list[Cell] = []
+    for cell in left:
+        started = START_S * (not found or found[-1].layers != cell.layers)
+        seconds -= cell.about_s() + started
+        if found and seconds < 0:
+            break
+        found.append(cell)
+    return found
 
 
 def save(path: Path | None, done: dict[str, Any]) -> None:
@@ -159,39 +130,13 @@ def save(path: Path | None, done: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def figures(done: dict[str, Any]) -> dict[str, float]:
-    """Seconds a layer, the same times 8, and what of what could be hidden the pipeline hid."""
-    found: dict[str, float] = {}
-    for name, row in done.items():
-        found[f"ttft_s_per_layer_{name}"] = row["ttft_s"] / row["layers"]
-        found[f"ttft_s_extrapolated_8_layers_{name}"] = row["ttft_s"] / row["layers"] * LAYERS
-    for name, row in done.items():
-        together = done.get(name.replace("_sequential", ""))
-        if row["mbit"] and not row["pipeline"] and together and together is not row:
-            found |= _hidden(row, together, done)
-    return found
-
-
-def _hidden(row: dict[str, Any], pipelined: dict[str, Any], done: dict[str, Any]) -> dict[str, Any]:
-    alone = Cell(row["strategy"], False, row["tokens"], 0.0)
-    if alone.name not in done:
-        return {}
-    comp = done[alone.name]["ttft_s"]
-    comm = max(row["wire_bytes"]) * 8e-6 / row["mbit"]
-    name = Cell(row["strategy"], True, row["tokens"], row["mbit"]).name
-    hideable = row["ttft_s"] - max(comp, comm)
-    return {
-        f"comm_s_per_layer_{name}": comm / row["layers"],
-        f"comp_s_per_layer_{name}": comp / row["layers"],
-        f"sequential_over_sum_{name}": row["ttft_s"] / (comp + comm),
-        f"hidden_share_{name}": (row["ttft_s"] - pipelined["ttft_s"]) / hideable,
-    }
-
-
 def main() -> None:
     options = arguments(__doc__ or "")
     options.add_argument("--cells", default="", help="only those whose name holds this; a,b: any")
     options.add_argument("--resume", action="store_true", help="measure what --json lacks")
+    options.add_argument("--seconds", type=float, default=1e9, help="stop after about so many")
+    options.add_argument("--longest", type=float, default=100.0, help="leave out longer runs")
+    options.add_argument("--trace-file", default="", help="a timeline of both ranks")
     args: argparse.Namespace = options.parse_args()
     why_not = available()
     if why_not:
@@ -201,9 +146,25 @@ def main() -> None:
         done = json.loads(args.json.read_text())["raw"]
     texts = args.cells.split(",")
     wanted = [c for c in cells(args.quick) if any(_matches(c.name, text) for text in texts)]
-    run(wanted, done, args.json)
+    left = [cell for cell in wanted if cell.name not in done]
+    for cell in left:
+        if cell.about_s() > args.longest:
+            print(f"{cell.name:40} left out: about {cell.about_s():.0f} s")
+    left = [cell for cell in left if cell.about_s() <= args.longest]
+    now = fitting(left, args.seconds)
+    if now:
+        _traced(args.trace_file, lambda: run(now, done, args.json, args.trace_file))
     for name, value in figures(done).items():
         print(f"{name:60}  {value:.4g}")
+    print(f"{len(left) - len(now)} cells are left")
+
+
+def _traced(path: str, work: Callable[[], None]) -> None:
+    if path:
+        timeline.create(path)
+    work()
+    if path:
+        timeline.finish(path)
 
 
 def _matches(name: str, text: str) -> bool:
