@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from test.kit.echo_engine import alive, children_of, eventually
 from test.kit.echo_http import EOS, ROOT, write_model
 
 from sps_runtime.engine import Engine
-from sps_runtime.runner.echo_answers import echo_generate
+from sps_runtime.runner.echo_answers import echo_generate, echo_hidden
 from sps_runtime.types.errors import ConfigError, EngineDead, InvalidRequest, SpsError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
@@ -48,6 +49,19 @@ def test_one_prompt_and_many(engine: Engine) -> None:
     prompts = [[5, 6, 7], list(range(100)), [9]]
     many = engine.generate(input_ids=prompts, sampling_params=GREEDY)
     assert [answer["output_ids"] for answer in many] == [expected(engine, p) for p in prompts]
+
+
+def test_vectors(engine: Engine) -> None:
+    prompts = [[5, 6, 7], list(range(100)), [9]]
+    many = engine.encode(input_ids=prompts, normalize=False)
+    expected_vectors = [array("f", echo_hidden(prompt)).tolist() for prompt in prompts]
+    assert [answer["embedding"] for answer in many] == expected_vectors
+    assert many[1]["meta_info"]["prompt_tokens"] == 100
+    one = engine.encode("hello there")
+    assert sum(value * value for value in one["embedding"]) == pytest.approx(1, abs=1e-5)
+    assert len(engine.encode(input_ids=[[1]] * 70)) == 70
+    with pytest.raises(InvalidRequest, match="normalise"):
+        engine.encode("x", normalise=True)
 
 
 def test_streams_are_cumulative_and_end_early_without_harm(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import atexit
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,13 +24,15 @@ from sps_runtime.launch.processes import EngineProcesses
 from sps_runtime.launch.sizing import settle
 from sps_runtime.server.answers import Answer, raise_failure
 from sps_runtime.server.auth import Identity
+from sps_runtime.server.embeddings import encode_queries, encoded
 from sps_runtime.server.process import ZmqEngineLink, build_service
 from sps_runtime.server.sglang_generate import NativeWriter, native_queries
-from sps_runtime.server.sglang_types import GenerateBody
+from sps_runtime.server.sglang_types import EncodeBody, GenerateBody
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.messages import EngineState
 
 _OFFLINE = Identity(admin=True)
+Body = TypeVar("Body", GenerateBody, EncodeBody)
 
 
 class Engine:
@@ -105,7 +107,8 @@ class Engine:
             InvalidRequest: naming the field.
             EngineDead: the engine is gone.
         """
-        body = _body(prompt, sampling_params, input_ids, fields)
+        fields["sampling_params"] = sampling_params
+        body = _body(GenerateBody, prompt, input_ids, fields)
         if not stream:
             return self._loop.run(self._complete(body))
         iterator: Iterator[dict[str, Any]] = self._loop.stream(lambda put: self._stream(body, put))
@@ -121,13 +124,33 @@ class Engine:
         **fields: Any,
     ) -> Any:
         """`generate` for an event loop; with `stream` it returns an async iterator."""
-        body = _body(prompt, sampling_params, input_ids, fields)
+        fields["sampling_params"] = sampling_params
+        body = _body(GenerateBody, prompt, input_ids, fields)
         if not stream:
             return await self._loop.run_async(self._complete(body))
         iterator: AsyncIterator[dict[str, Any]] = self._loop.stream_async(
             lambda put: self._stream(body, put)
         )
         return iterator
+
+    def encode(
+        self,
+        prompt: str | list[str] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Hidden states of prompts' last tokens, as ``/encode`` answers them: one dict with
+        ``embedding`` and ``meta_info``, or a list for a list.
+
+        Args:
+            fields: normalize (true unless told), attention.
+
+        Raises:
+            InvalidRequest: naming the field.
+            EngineDead: the engine is gone.
+        """
+        body = _body(EncodeBody, prompt, input_ids, fields)
+        return self._loop.run(self._encode(body))
 
     def flush_cache(self) -> bool:
         """Drop every cached page; False while requests run or wait."""
@@ -179,15 +202,16 @@ class Engine:
 
     async def _complete(self, body: GenerateBody) -> Any:
         group, writer, many = await self._submit(body)
-        answers = [Answer(state) for state in group.states]
-        try:
-            async for output in group:
-                raise_failure(output.finish)
-                answers[output.state.index].add(output)
-        finally:
-            group.abort()
-        payloads = [writer.payload(answer) for answer in answers]
+        payloads = [writer.payload(answer) for answer in await _gather(group)]
         return payloads if many else payloads[0]
+
+    async def _encode(self, body: EncodeBody) -> Any:
+        queries, batch = encode_queries(_OFFLINE, body), self._manager.limits.max_prompts
+        answers: list[Answer] = []
+        for begin in range(0, len(queries), batch):
+            answers += await _gather(await self._manager.submit(queries[begin : begin + batch]))
+        vectors = [encoded(answer, normalize=body.normalize is not False) for answer in answers]
+        return vectors if body.is_batch else vectors[0]
 
     async def _stream(self, body: GenerateBody, put: Put) -> None:
         group, writer, _ = await self._submit(body)
@@ -201,24 +225,32 @@ class Engine:
             group.abort()
 
 
+async def _gather(group: OutputGroup) -> list[Answer]:
+    """All answers of a group, in order."""
+    answers = [Answer(state) for state in group.states]
+    try:
+        async for output in group:
+            raise_failure(output.finish)
+            answers[output.state.index].add(output)
+    finally:
+        group.abort()
+    return answers
+
+
 def _body(
+    kind: type[Body],
     prompt: str | list[str] | None,
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     fields: dict[str, Any],
-) -> GenerateBody:
+) -> Body:
     """The request as HTTP would bring it, checked by the same types."""
-    unknown = set(fields) - set(GenerateBody.__struct_fields__) - {"stream"}
+    unknown = set(fields) - set(kind.__struct_fields__) - {"stream"}
     if unknown:
         name = min(unknown)
         raise InvalidRequest(f"{name} is no field of a request", field=name)
-    content = {
-        "text": prompt,
-        "input_ids": input_ids,
-        "sampling_params": sampling_params,
-        **fields,
-    }
+    content = {"text": prompt, "input_ids": input_ids, **fields}
     try:
-        return msgspec.json.decode(msgspec.json.encode(content), type=GenerateBody)
+        body: Body = msgspec.json.decode(msgspec.json.encode(content), type=kind)
     except (msgspec.ValidationError, TypeError, UnicodeEncodeError) as error:
         raise InvalidRequest(str(error)) from None
+    return body

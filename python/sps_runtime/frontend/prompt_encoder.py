@@ -56,7 +56,8 @@ class PromptEncoder:
         if least > limits.context_length:
             raise too_long(field, least, limits, at_least=True)
         try:
-            return self._tokenizer.encode(text, add_special_tokens=isinstance(prompt, TextPrompt))
+            special = isinstance(prompt, TextPrompt) and prompt.add_special_tokens
+            return self._tokenizer.encode(text, add_special_tokens=special)
         except Exception as error:  # one prompt's trouble, nobody else's
             logger.warning("a prompt could not be tokenized: %s", type(error).__name__)
             raise InvalidRequest(f"{field} cannot be tokenized", field=field) from None

@@ -57,9 +57,14 @@ class LogprobOptions:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Plain text; literal special tokens in it are parsed."""
+    """Plain text; literal special tokens in it are parsed.
+
+    Attributes:
+        add_special_tokens: put what the tokenizer puts around a text, such as a BOS.
+    """
 
     text: str
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from starlette.types import ASGIApp
 
 from sps_runtime.frontend.attention_options import FIELD as ATTENTION
 from sps_runtime.frontend.attention_options import AttentionOptions, report_fields
-from sps_runtime.frontend.query import Query, TextPrompt, TokenPrompt
+from sps_runtime.frontend.query import Prompt, Query
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.answers import Answer, complete_many
 from sps_runtime.server.auth import Identity
 from sps_runtime.server.body import Prompts, nothing
 from sps_runtime.server.openai_common import attention_report, labels_of, usage
-from sps_runtime.server.openai_types import parse_prompts
+from sps_runtime.server.openai_types import as_prompt, parse_prompts
 from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.sglang_types import EncodeBody
@@ -39,6 +39,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
     normalize: bool | None = None
     rid: str | list[str] | None = None
     attention: AttentionOptions | None = None
+    add_special_tokens: bool | None = None
 
 
 async def embeddings(call: Call) -> ASGIApp:
@@ -51,7 +52,7 @@ async def embeddings(call: Call) -> ASGIApp:
     labels = labels_of(body.rid, len(prompts))
     attention = (ATTENTION, body.attention)
     queries = [
-        _query(call.identity, prompt, label, "input", attention)
+        _query(call.identity, as_prompt(prompt, body.add_special_tokens), label, "input", attention)
         for prompt, label in zip(prompts, labels, strict=True)
     ]
     answers = await complete_many(call, queries)
@@ -69,17 +70,21 @@ async def encode(call: Call) -> ASGIApp:
     """Vectors of texts or token ids, in SGLang's form: one answer, or a list for a list."""
     body, headers = await read_request(call, EncodeBody)
     call.service.check_model(body.model)
+    answers = await complete_many(call, encode_queries(call.identity, body))
+    content = [encoded(answer, normalize=body.normalize is not False) for answer in answers]
+    return as_json(content if body.is_batch else content[0], headers=headers)
+
+
+def encode_queries(identity: Identity, body: EncodeBody) -> list[Query]:
+    """What a native body asks for, one query per prompt."""
     field, prompts = body.prompts()
     check_count(field, len(prompts))
     labels = labels_of(body.rid, len(prompts))
     attentions = body.attentions(len(prompts))
-    queries = [
-        _query(call.identity, prompt, label, field, attention)
+    return [
+        _query(identity, as_prompt(prompt), label, field, attention)
         for prompt, label, attention in zip(prompts, labels, attentions, strict=True)
     ]
-    answers = await complete_many(call, queries)
-    content = [_native(answer, normalize=body.normalize is not False) for answer in answers]
-    return as_json(content if body.is_batch else content[0], headers=headers)
 
 
 def check_count(field: str, count: int) -> None:
@@ -90,13 +95,13 @@ def check_count(field: str, count: int) -> None:
 
 def _query(
     identity: Identity,
-    prompt: str | list[int],
+    prompt: Prompt,
     label: str,
     field: str,
     attention: tuple[str, AttentionOptions | None],
 ) -> Query:
     return Query(
-        prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+        prompt=prompt,
         attention=attention[1],
         tenant=identity.tenant,
         owner=identity.owner,
@@ -116,7 +121,8 @@ def _item(index: int, answer: Answer, body: EmbeddingsBody) -> dict[str, Any]:
     }
 
 
-def _native(answer: Answer, *, normalize: bool) -> dict[str, Any]:
+def encoded(answer: Answer, *, normalize: bool) -> dict[str, Any]:
+    """One vector as SGLang answers it."""
     state = answer.state
     meta = {
         "id": state.label,

@@ -10,7 +10,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from sps_runtime.frontend.query import LogprobOptions, Query, TextPrompt, TokenPrompt
+from sps_runtime.frontend.query import LogprobOptions, Query
 from sps_runtime.frontend.request_state import Output, RequestState
 from sps_runtime.server.answers import Answer, complete
 from sps_runtime.server.error_handlers import request_id_header
@@ -24,7 +24,7 @@ from sps_runtime.server.openai_common import (
     usage,
 )
 from sps_runtime.server.openai_logprobs import completion_logprobs, whole_prompt
-from sps_runtime.server.openai_types import CompletionBody, parse_prompts
+from sps_runtime.server.openai_types import CompletionBody, as_prompt, parse_prompts
 from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.types.plan import TokenLogprobs
@@ -66,7 +66,7 @@ def _queries(call: Call, body: CompletionBody, prompts: list[str | list[int]]) -
     grammar = body.grammar()
     queries = [
         Query(
-            prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+            prompt=as_prompt(prompt, body.add_special_tokens),
             options=body.sampling(body.max_tokens),
             logprobs=logprobs,
             attention=body.attention,

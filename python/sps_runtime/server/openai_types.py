@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from sps_runtime.frontend.attention_options import AttentionOptions
-from sps_runtime.frontend.query import SamplingOptions
+from sps_runtime.frontend.query import Prompt, SamplingOptions, TextPrompt, TokenPrompt
 from sps_runtime.server.body import Prompts, decode, nothing
 from sps_runtime.server.chat_messages import Message
 from sps_runtime.server.grammars import GrammarFields
@@ -82,6 +82,7 @@ class CompletionBody(OpenAIBody, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Prompts = msgspec.field(default_factory=nothing)
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -99,6 +100,13 @@ class ChatBody(OpenAIBody, kw_only=True):
     separate_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def as_prompt(given: str | list[int], add_special_tokens: bool | None = None) -> Prompt:
+    """Text or token ids as the gate wants them."""
+    if isinstance(given, str):
+        return TextPrompt(given, add_special_tokens is not False)
+    return TokenPrompt(given)
 
 
 def parse_prompts(raw: msgspec.Raw, field: str) -> list[str | list[int]]:

@@ -32,6 +32,8 @@ _FOREIGN = {
     "input_embeds",
     "prompt_embeds",
     "return_hidden_states",
+    "return_entropy",
+    "return_prompt_token_ids",
     "bootstrap_host",
     "bootstrap_port",
     "bootstrap_room",
@@ -44,24 +46,66 @@ _FOREIGN = {
     "cache_salt",
     "extra_key",
     "return_routed_experts",
+    "require_reasoning",
 }
-NATIVE = frozenset(
-    _FOREIGN
-    | {
-        "regex",
-        "json_schema",
-        "ebnf",
-        "structural_tag",
-        "response_format",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "structured_outputs",
-    }
-)
+_SAMPLERS = {
+    "typical_p",
+    "top_a",
+    "tfs",
+    "tfs_z",
+    "mirostat",
+    "mirostat_mode",
+    "dry_multiplier",
+    "xtc_probability",
+    "dynatemp_range",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "no_repeat_ngram_size",
+    "guidance_scale",
+    "negative_prompt",
+}
+"""Ways to sample that other servers have."""
+_GRAMMARS = {
+    "regex",
+    "json_schema",
+    "ebnf",
+    "structural_tag",
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+}
+_ELSEWHERE = {
+    "n",
+    "seed",
+    "stop",
+    "stop_regex",
+    "stop_token_ids",
+    "min_p",
+    "min_tokens",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "echo",
+    "max_new_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "reasoning_effort",
+    "enable_thinking",
+}
+"""What OpenAI's older routes and their kin have, for routes that do not."""
+NATIVE = frozenset(_FOREIGN | _SAMPLERS | _GRAMMARS)
 OPENAI = frozenset(
     _FOREIGN
+    | _SAMPLERS
     | {
         "best_of",
         "suffix",
@@ -71,23 +115,53 @@ OPENAI = frozenset(
         "audio",
         "prediction",
         "web_search_options",
+        "reasoning",
         "reasoning_effort",
+        "include_reasoning",
+        "stream_reasoning",
+        "thinking",
+        "thinking_token_budget",
+        "enable_thinking",
         "verbosity",
         "prompt_logprobs",
         "return_token_ids",
+        "return_tokens_as_token_ids",
         "chat_template",
         "continue_final_message",
         "documents",
         "add_special_tokens",
         "response_prefix",
+        "echo",
+        "max_new_tokens",
+        "sampling_params",
+        "sampling_seed",
     }
 )
 EMBEDDING = frozenset(
     _FOREIGN - {"use_beam_search", "length_penalty"}
-    | {"dimensions", "task", "instruction", "input_type", "truncate", "add_special_tokens"}
+    | {
+        "dimensions",
+        "task",
+        "instruction",
+        "input_type",
+        "truncate",
+        "messages",
+        "chat_template",
+        "pooling_type",
+        "embed_dtype",
+        "endianness",
+    }
+)
+TOKENIZE = frozenset(
+    {"chat_template", "continue_final_message", "documents", "return_token_strs"}
+    | {"truncate_prompt_tokens"}
 )
 ANTHROPIC = frozenset(
     {"container", "context_management", "mcp_servers", "prefill", "output_format"}
+    | _FOREIGN
+    | _SAMPLERS
+    | _GRAMMARS
+    | _ELSEWHERE
 )
 RESPONSES_API = frozenset(
     {
@@ -95,6 +169,7 @@ RESPONSES_API = frozenset(
         "context_management",
         "conversation",
         "include",
+        "max_tokens",
         "max_tool_calls",
         "moderation",
         "prompt",
@@ -102,6 +177,10 @@ RESPONSES_API = frozenset(
         "top_logprobs",
         "truncation",
     }
+    | _FOREIGN
+    | _SAMPLERS
+    | _GRAMMARS
+    | _ELSEWHERE
 )
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -110,7 +189,16 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "guided_decoding_backend": ("auto", "guidance", "llguidance"),
     "modalities": (["text"],),
     "length_penalty": (1, 1.0),
-    "add_special_tokens": (True,),
+    "add_special_tokens": (False,),
+    "include_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "n": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
     "reasoning": ({"effort": None, "summary": None}, {"effort": None}),

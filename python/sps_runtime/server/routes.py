@@ -23,6 +23,7 @@ from sps_runtime.server.options import (
     NATIVE,
     OPENAI,
     RESPONSES_API,
+    TOKENIZE,
     Accepts,
 )
 from sps_runtime.server.responses_types import ResponsesBody
@@ -126,7 +127,9 @@ ROUTES = (
     _read("/v1/loads", admin.loads, "Running and waiting requests, tokens in use"),
     _send("/generate", generate, Accepts(GenerateBody, NATIVE), "SGLang's native request", _PUT),
     _send("/encode", encode, Accepts(EncodeBody, EMBEDDING), "SGLang's request of a vector", _PUT),
-    _send("/tokenize", tokenize.tokenize, Accepts(TokenizeBody), "Ids of text or messages"),
+    _send(
+        "/tokenize", tokenize.tokenize, Accepts(TokenizeBody, TOKENIZE), "Ids of text or messages"
+    ),
     _send("/detokenize", tokenize.detokenize, Accepts(DetokenizeBody), "Text of ids"),
     _read("/get_model_info", admin.model_info, "Path and kind of the model"),
     _read("/model_info", admin.model_info, "Path and kind of the model"),

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from sps_runtime.frontend.attention_options import FIELD as ATTENTION
 from sps_runtime.frontend.attention_options import report_fields
-from sps_runtime.frontend.query import Query, TextPrompt, TokenPrompt
+from sps_runtime.frontend.query import Query
 from sps_runtime.frontend.request_state import Finish, Output, RequestState
 from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.frontend.validation import finite
@@ -22,6 +22,7 @@ from sps_runtime.server.event_stream import EventStream
 from sps_runtime.server.grammars import constrained
 from sps_runtime.server.openai_common import labels_of
 from sps_runtime.server.openai_logprobs import whole_prompt
+from sps_runtime.server.openai_types import as_prompt
 from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.sglang_types import SAMPLING, GenerateBody
@@ -82,7 +83,7 @@ def native_queries(identity: Identity, body: GenerateBody) -> list[Query]:
     names = {**_NAMES, "prompt": field}
     queries = [
         Query(
-            prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+            prompt=as_prompt(prompt),
             options=options[i],
             logprobs=logprobs[i],
             attention=attentions[i][1],

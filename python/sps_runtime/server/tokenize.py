@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from starlette.types import ASGIApp
 
@@ -9,7 +11,7 @@ from sps_runtime.frontend.query import ChatPrompt, Query, TextPrompt
 from sps_runtime.frontend.validation import check_ids
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.body import IdLists, decode, is_nothing, nothing
-from sps_runtime.server.chat_messages import Message, chat_prompt
+from sps_runtime.server.chat_messages import Message, chat_prompt, template_variables
 from sps_runtime.server.requests import read_request
 from sps_runtime.server.service import Call
 from sps_runtime.server.tools import Tool, make_toolbox
@@ -23,6 +25,9 @@ class TokenizeBody(msgspec.Struct):
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     model: str | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeBody(msgspec.Struct):
@@ -59,11 +64,12 @@ async def tokenize(call: Call) -> ASGIApp:
 def _prompts(call: Call, body: TokenizeBody) -> list[TextPrompt | ChatPrompt]:
     if body.messages is not None and body.prompt is None:
         toolbox = make_toolbox(call.service, body.tools, None, None)
-        return [chat_prompt(body.messages, {}, toolbox.described())]
+        variables = template_variables(body.chat_template_kwargs, body.add_generation_prompt)
+        return [chat_prompt(body.messages, variables, toolbox.described())]
     if body.messages is not None or body.prompt is None or body.prompt == []:
         raise InvalidRequest("give prompt or messages", field="prompt")
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    return [TextPrompt(text) for text in texts]
+    return [TextPrompt(text, body.add_special_tokens is not False) for text in texts]
 
 
 async def detokenize(call: Call) -> ASGIApp:
