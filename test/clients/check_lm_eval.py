@@ -1,8 +1,8 @@
 """lm-eval against a server, tasks and data of its own: ``python check_lm_eval.py URL``.
 
-Both models that speak to servers, `local-completions` (prompt logprobs by echo) and `sglang-generate`
-(native logprobs), with both kinds of requests, a log likelihood and a generation. The two paths are
-one model, so their numbers must agree.
+Both models that speak to servers, `local-completions` (prompt logprobs by echo) and
+`sglang-generate` (native logprobs), with both kinds of requests, a log likelihood and a generation.
+The two paths are one model, so their numbers must agree.
 """
 
 from __future__ import annotations
