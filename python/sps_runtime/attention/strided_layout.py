@@ -62,14 +62,22 @@ class KeptKeys:
     Attributes:
         page_ids, offsets: int64, the page of each and its place in the page.
         places: where they go among the units, ``unit * unit_tokens + index``.
+        table: place of each one's page in the layout's table.
     """
 
     page_ids: Tensor
     offsets: Tensor
     places: Tensor
+    table: Ints
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def of_pages(self, which: Mask) -> KeptKeys:
+        """Those of some pages of the table."""
+        index = np.flatnonzero(which[self.table])
+        at = torch.from_numpy(index)
+        return KeptKeys(self.page_ids[at], self.offsets[at], self.places[at], self.table[index])
 
 
 class StridedLayout:
@@ -109,13 +117,12 @@ class StridedLayout:
         index = ranges(np.zeros_like(kept), kept)
         unit = np.repeat(unit, kept)
         token = (self._position[unit] + index) * stride + phase
-        pages = self._layout.pages.ids[
-            self._layout.pages.first[self._sequence[unit]] + token // page
-        ]
+        table = self._layout.pages.first[self._sequence[unit]] + token // page
         return KeptKeys(
-            torch.from_numpy(pages.astype(np.int64)),
+            torch.from_numpy(self._layout.pages.ids[table].astype(np.int64)),
             torch.from_numpy(token % page),
             torch.from_numpy(unit * self.unit_tokens + index),
+            table,
         )
 
     def rows(self, member: int, phase: int) -> Ints:

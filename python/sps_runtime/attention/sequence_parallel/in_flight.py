@@ -6,7 +6,7 @@ must wait for a message lends the core to the next block. What a block made for 
 soon as it is made, before its own attention and mostly a layer before a reader waits for it.
 
 Every member derives the same blocks and messages from the plan. What crosses, and who attends to
-what, is a strategy's own: `flying_pass_kv`, `flying_ulysses`.
+what, is a strategy's own: `flying_pass_kv`, `flying_ulysses`, `flying_csa`, `flying_stride`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from sps_runtime.types.plan import StepPlan
 LEAD = 3
 """Layers that a block may be ahead of another, and that room for messages is made ahead: what
 staged pages of so many layers take is the pipeline's price in memory."""
-KINDS = 8
-"""Kinds of messages that a strategy may tell apart."""
 HURRY = 1 << 20
 """Taken off a turn's layer by what is short and lets others begin: it goes first."""
 BEGIN = -1
@@ -46,6 +44,7 @@ FLYING = {
     "pass_kv": f"{_HERE}.flying_pass_kv:FlyingPassKV",
     "ulysses": f"{_HERE}.flying_ulysses:FlyingUlysses",
     "csa": f"{_HERE}.flying_csa:FlyingCsa",
+    "stride": f"{_HERE}.flying_stride:FlyingStride",
 }
 """Strategy -> ``module:class``; each class takes a `Flight` and is a `Flying`."""
 
@@ -97,7 +96,7 @@ def flight_of(plan: StepPlan, layout: ShardLayout, context: AttentionContext) ->
     name, sparse = plan.strategy, layout.sparse[0]
     if sparse is not None:
         whole = bool(context.windows) and not any(context.windows)
-        name = "csa" if whole and sparse.estimator != "stride" else ""
+        name = ("stride" if sparse.estimator == "stride" else "csa") if whole else ""
     owners = layout.pages.owners
     if name not in FLYING or (owners == owners[0]).all():
         return None

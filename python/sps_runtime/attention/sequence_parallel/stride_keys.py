@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool
+from sps_runtime.attention.page_reads import Mask
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.strided_layout import OUTSIDE, StridedLayout
 from sps_runtime.distributed.communicator import Pending
@@ -39,20 +40,31 @@ class StridedKeys:
 
     Args:
         sources: members, and `OUTSIDE` where the level sees pages outside of the group.
+        pages: of the step's table, whose keys these are; None for all.
+
+    Attributes:
+        waits: members whose keys are read in place here.
     """
 
     def __init__(
-        self, step: StepState, layout: StridedLayout, segments: Segments, sources: Sequence[int]
+        self,
+        step: StepState,
+        layout: StridedLayout,
+        segments: Segments,
+        sources: Sequence[int],
+        pages: Mask | None = None,
     ) -> None:
         self._step, self._layout, self._segments = step, layout, segments
         phases = {segment.phase for cut in segments.values() for segment in cut}
         self._kept = {(o, p): layout.keys(o, p) for o in sources for p in phases}
+        if pages is not None:
+            self._kept = {of: kept.of_pages(pages) for of, kept in self._kept.items()}
         self._sources = sources
         self._remote = [m for m in layout.members if not step.same_host(step.me, m)]
         self._networked = step.crosses_hosts
         near = [m for m in layout.members if m not in self._remote and m != step.me]
         mine = segments[step.me]
-        self._waits = tuple(m for m in near if any(len(self._kept[m, s.phase]) for s in mine))
+        self.waits = tuple(m for m in near if any(len(self._kept[m, s.phase]) for s in mine))
         self._buffers: dict[int, Tensor] = {}
 
     def start(self, pool: Tensor, tag: int) -> tuple[Pending, list[Tensor]] | None:
@@ -60,34 +72,59 @@ class StridedKeys:
         where the whole group is on one."""
         if not self._networked:
             return None
-        step, row = self._step, pool.shape[-1]
-        nothing = pool.new_empty(0, row)
-        send, recv = [nothing] * step.size, [nothing] * step.size
+        send, recv = self.leaving(pool), self.rooms(pool)
+        return self._step.start(send, recv, tag), recv
+
+    def leaving(self, pool: Tensor) -> list[Tensor]:
+        """This rank's kept rows for each member of another host."""
+        send = [pool.new_empty(0, pool.shape[-1])] * self._step.size
         for member in self._remote:
-            rows = [self._take(pool, step.me, segment) for segment in self._segments[member]]
-            send[member] = torch.cat(rows) if rows else nothing
-            recv[member] = pool.new_empty(sum(self._counts(member)), row)
-        return step.start(send, recv, tag), recv
+            rows = [self._take(pool, self._step.me, segment) for segment in self._segments[member]]
+            send[member] = torch.cat(rows) if rows else send[member]
+        return send
+
+    def rooms(self, pool: Tensor) -> list[Tensor]:
+        """Where those of members of other hosts arrive."""
+        recv = [pool.new_empty(0, pool.shape[-1])] * self._step.size
+        for member in self._remote:
+            recv[member] = pool.new_empty(sum(self._counts(member)), pool.shape[-1])
+        return recv
 
     def gather(self, layer: int, side: int, started: tuple[Pending, list[Tensor]] | None) -> Tensor:
         """Wait for K (side 0) or V (side 1) of the level; ``[segments, units, 1, unit, row]``."""
-        step, layout = self._step, self._layout
-        step.wait(layer, self._waits)
-        pools = step.context.store.layer(layer)[side]
-        buffer = self._buffer(side, step.context.store.own.k[layer])
+        step = self._step
+        step.wait(layer, self.waits)
+        if side not in self._buffers:
+            self._buffers[side] = self.buffer(step.context.store.own.k[layer])
         if started is not None:
             step.context.traffic.exposed_s += started[0].wait()
+        self.put(layer, side, None if started is None else started[1], self._buffers[side])
+        return self.units(self._buffers[side])
+
+    def put(self, layer: int, side: int, came: Sequence[Tensor] | None, buffer: Tensor) -> None:
+        """Everyone's rows to their places: those of other hosts as they came, the rest as it lies
+        in the pools."""
+        pools = self._step.context.store.layer(layer)[side]
         for source in self._sources:
-            if started is not None and source in self._remote:
-                arrived = list(torch.split(started[1][source], self._counts(source)))
+            if came is not None and source in self._remote:
+                arrived = list(torch.split(came[source], self._counts(source)))
             else:
                 arrived = self._read(pools, source)
             for index, (segment, rows) in enumerate(
-                zip(self._segments[step.me], arrived, strict=True)
+                zip(self._segments[self._step.me], arrived, strict=True)
             ):
                 buffer[index].index_copy_(0, self._kept[source, segment.phase].places, rows)
-        units = max(1, layout.units)
-        return buffer.view(len(buffer), units, 1, layout.unit_tokens, buffer.shape[2])
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """Room for K or V of a layer. Rows beyond a sequence's end are never written, and stay
+        zero."""
+        tokens = max(1, self._layout.units) * self._layout.unit_tokens
+        return like.new_zeros(len(self._segments[self._step.me]), tokens, like.shape[-1])
+
+    def units(self, buffer: Tensor) -> Tensor:
+        """``[segments, units, 1, unit, row]``."""
+        shape = (max(1, self._layout.units), 1, self._layout.unit_tokens, buffer.shape[2])
+        return buffer.view(len(buffer), *shape)
 
     def _read(self, pools: Sequence[Tensor], source: int) -> list[Tensor]:
         """The rows of a source that can be read in place, by segment."""
@@ -123,15 +160,6 @@ class StridedKeys:
         """Rows that this rank gets from a source, by segment."""
         mine = self._segments[self._step.me]
         return [len(self._kept[source, segment.phase]) for segment in mine]
-
-    def _buffer(self, side: int, like: Tensor) -> Tensor:
-        """Rows beyond a sequence's end are never written, and stay zero."""
-        buffer = self._buffers.get(side)
-        if buffer is None:
-            tokens = max(1, self._layout.units) * self._layout.unit_tokens
-            shape = (len(self._segments[self._step.me]), tokens, like.shape[-1])
-            buffer = self._buffers[side] = like.new_zeros(shape)
-        return buffer
 
 
 def unreachable(step: StepState, layout: StridedLayout) -> bool:

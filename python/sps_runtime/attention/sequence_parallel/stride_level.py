@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import Partial, QueryRun
+from sps_runtime.attention.page_reads import Mask
 from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare
 from sps_runtime.attention.sequence_parallel.partials import pack, packed_bytes, unpack
 from sps_runtime.attention.sequence_parallel.step import StepState
@@ -28,6 +30,8 @@ PARTS = 2
 TAGS = 2 + 2 * PARTS
 
 Started = tuple[Pending, list[Tensor]]
+Spans = Sequence[tuple[int, int]]
+"""Rows (begin, end) of each member of the step's group."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class LevelExchange:
         heads, kv_heads: of this rank's TP slice.
         tag: first of `TAGS` tags of its messages, which are not waited for in the order in which
             they were begun.
+        cuts: rows that each part of the queries has; None for equal parts. Queries that are given
+            with `cuts` are those of the part alone.
 
     Raises:
         ValueError: a page outside of the group cannot be read from here, or pages do not divide by
@@ -59,10 +65,16 @@ class LevelExchange:
     """
 
     def __init__(
-        self, step: StepState, level: Level, heads: int, kv_heads: int, tag: int = 0
+        self,
+        step: StepState,
+        level: Level,
+        heads: int,
+        kv_heads: int,
+        tag: int = 0,
+        cuts: Sequence[Spans] | None = None,
     ) -> None:
         self._step, self._tag = step, tag
-        layout = StridedLayout(step.layout, level, step.me)
+        layout = self._layout = StridedLayout(step.layout, level, step.me)
         self._members = layout.members
         first_head, group = step.context.mesh.tp_rank * kv_heads, heads // kv_heads
         shares = head_shares(heads, kv_heads, len(self._members))
@@ -73,8 +85,16 @@ class LevelExchange:
         sources = (*self._members, OUTSIDE) if level.top else tuple(self._members)
         if level.top and unreachable(step, layout):
             raise ValueError(f"epoch {step.layout.epoch} reads pages that this rank cannot reach")
-        self._keys = StridedKeys(step, layout, self._segments, sources)
-        self._parts = [self._part(layout, part) for part in range(PARTS)]
+        self._sources = sources
+        if cuts is None:
+            self._keys = self.keys(None)
+            self._parts = [self._equal_part(part) for part in range(PARTS)]
+        else:
+            self._parts = [self._cut_part(spans) for spans in cuts]
+
+    def keys(self, pages: Mask | None) -> StridedKeys:
+        """The kept keys of some pages of the step's table; None for all."""
+        return StridedKeys(self._step, self._layout, self._segments, self._sources, pages)
 
     def begin(self, layer: int, q_THD: Tensor) -> LayerExchange:
         """Begin to send K, the first queries, V, the other queries of a layer. All members of the
@@ -125,17 +145,27 @@ class LevelExchange:
 
     def start_outputs(self, part: int, found: Sequence[Partial], like: Tensor) -> Started:
         """Begin to return a part's partials; the other members' are this rank's rows."""
-        step, of = self._step, self._parts[part]
-        dim, dtype = like.shape[2], like.dtype
-        send, recv = self._messages(like.new_empty(0, dtype=torch.uint8))
+        send, recv = self.outputs(part, found, like.dtype), self.output_rooms(part, like)
+        return self._step.start(send, recv, self._tag + 2 + PARTS + part), recv
+
+    def outputs(self, part: int, found: Sequence[Partial], dtype: torch.dtype) -> list[Tensor]:
+        """A part's partials for each other member, packed."""
+        of, send = self._parts[part], self._nothing(torch.empty(0, dtype=torch.uint8))
         for member in self._others():
             packed = [
                 pack(*_of_member(partial, of, self._members, member, segment.phase), dtype)
-                for segment, partial in zip(self._segments[step.me], found, strict=True)
+                for segment, partial in zip(self._segments[self._step.me], found, strict=True)
             ]
             send[member] = torch.cat(packed) if packed else send[member]
-            recv[member] = send[member].new_empty(sum(self._sizes(member, of, dim, dtype)))
-        return step.start(send, recv, self._tag + 2 + PARTS + part), recv
+        return send
+
+    def output_rooms(self, part: int, like: Tensor) -> list[Tensor]:
+        """Where a part's partials of this rank's rows arrive; `like` has rows' dim and dtype."""
+        of, recv = self._parts[part], self._nothing(like.new_empty(0, dtype=torch.uint8))
+        for member in self._others():
+            sizes = self._sizes(member, of, like.shape[2], like.dtype)
+            recv[member] = recv[member].new_empty(sum(sizes))
+        return recv
 
     def merge(
         self, part: int, found: Sequence[Partial], arrived: Sequence[Tensor], into: Partial,
@@ -162,16 +192,26 @@ class LevelExchange:
                 rows = of.mine[segment.phase]
                 merge_rows_(into.o[:, heads], into.lse[:, heads], rows, o, lse)
 
-    def _start_queries(self, q_THD: Tensor, part: int) -> Started:
-        of = self._parts[part]
-        send, recv = self._messages(q_THD.new_empty(0))
+    def queries(self, part: int, q_THD: Tensor) -> list[Tensor]:
+        """A part's queries of this rank for each other member."""
+        of, send = self._parts[part], self._nothing(q_THD.new_empty(0))
         for member in self._others():
             rows = [_rows(q_THD, of.mine, s).flatten() for s in self._segments[member]]
             send[member] = torch.cat(rows) if rows else send[member]
-            here = self._segments[self._step.me]
-            elements = sum(of.counts[member, s.phase] * s.heads for s in here) * q_THD.shape[2]
-            recv[member] = q_THD.new_empty(elements)
-        return self._step.start(send, recv, self._tag + 2 + part), recv
+        return send
+
+    def query_rooms(self, part: int, like: Tensor) -> list[Tensor]:
+        """Where a part's queries of the other members arrive."""
+        of, recv = self._parts[part], self._nothing(like.new_empty(0))
+        here = self._segments[self._step.me]
+        for member in self._others():
+            rows = sum(of.counts[member, s.phase] * s.heads for s in here)
+            recv[member] = like.new_empty(rows * like.shape[2])
+        return recv
+
+    def _start_queries(self, q_THD: Tensor, part: int) -> Started:
+        recv = self.query_rooms(part, q_THD)
+        return self._step.start(self.queries(part, q_THD), recv, self._tag + 2 + part), recv
 
     def _sizes(self, member: int, of: _Part, dim: int, dtype: torch.dtype) -> list[int]:
         """Bytes of what a member returns to this rank, by its segments."""
@@ -181,24 +221,39 @@ class LevelExchange:
             for segment in self._segments[member]
         ]
 
-    def _messages(self, nothing: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        return [nothing] * self._step.size, [nothing] * self._step.size
+    def _nothing(self, nothing: Tensor) -> list[Tensor]:
+        return [nothing] * self._step.size
 
     def _others(self) -> list[int]:
         return [member for member in self._members if member != self._step.me]
 
-    def _part(self, layout: StridedLayout, part: int) -> _Part:
+    def _equal_part(self, part: int) -> _Part:
+        """One of `PARTS`, by the rows that travel."""
+
+        def rows_of(member: int, phase: int) -> tuple[int, int]:
+            count = len(self._layout.rows(member, phase))
+            return count * part // PARTS, count * (part + 1) // PARTS
+
+        return self._part(rows_of, 0)
+
+    def _cut_part(self, spans: Spans) -> _Part:
+        """The part of some rows of each member."""
+
+        def rows_of(member: int, phase: int) -> tuple[int, int]:
+            begin, end = np.searchsorted(self._layout.rows(member, phase), spans[member])
+            return int(begin), int(end)
+
+        return self._part(rows_of, spans[self._step.me][0])
+
+    def _part(self, rows_of: Callable[[int, int], tuple[int, int]], first_row: int) -> _Part:
+        layout, me = self._layout, self._step.me
         phases = {segment.phase for cut in self._segments.values() for segment in cut}
         mine, counts, runs = {}, {}, {}
         for phase in phases:
-            spans = []
-            for member in self._members:
-                rows = layout.rows(member, phase)
-                begin, end = len(rows) * part // PARTS, len(rows) * (part + 1) // PARTS
-                spans.append((member, begin, end))
-                counts[member, phase] = end - begin
-                if member == self._step.me:
-                    mine[phase] = torch.from_numpy(rows[begin:end])
+            spans = [(member, *rows_of(member, phase)) for member in self._members]
+            counts |= {(member, phase): end - begin for member, begin, end in spans}
+            begin, end = rows_of(me, phase)
+            mine[phase] = torch.from_numpy(layout.rows(me, phase)[begin:end] - first_row)
             runs[phase] = layout.query_runs(spans, phase)
         return _Part(mine, counts, runs)
 
