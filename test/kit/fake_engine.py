@@ -19,6 +19,7 @@ from sps_runtime.types.messages import (
     FlushCache,
     GetState,
     RankState,
+    Record,
     Reply,
     StopReason,
     ToFrontend,
@@ -82,6 +83,8 @@ class FakeEngine:
         self.running: dict[str, _Run] = {}
         self.requests: list[GenerateRequest] = []
         self.aborted: list[str] = []
+        self.recorded: list[bool] = []
+        self.has_timeline = True
         self.max_total_tokens = max_total_tokens
         self.held = False
         self.said_ready = False
@@ -108,6 +111,9 @@ class FakeEngine:
                 self._outbox.put_nowait(TokensBatch((end,)))
         elif isinstance(message, FlushCache):
             self._outbox.put_nowait(Reply(message.call, ok=not self.running))
+        elif isinstance(message, Record):
+            self.recorded.append(message.on)
+            self._outbox.put_nowait(Reply(message.call, ok=self.has_timeline, detail="no timeline"))
         elif isinstance(message, GetState):
             self._outbox.put_nowait(self.state(message.call))
 

@@ -7,7 +7,7 @@ from itertools import count
 
 from sps_runtime.frontend.engine_link import EngineLink
 from sps_runtime.types.errors import EngineDead
-from sps_runtime.types.messages import EngineState, FlushCache, GetState, Reply
+from sps_runtime.types.messages import EngineState, FlushCache, GetState, Record, Reply
 
 CALL_TIMEOUT_S = 30.0
 
@@ -34,6 +34,14 @@ class EngineCalls:
             raise EngineDead("the engine gave another answer")
         return reply
 
+    async def record(self, on: bool) -> Reply:
+        """Go on with the timeline or pause it; `ok` is false where there is none."""
+        number = next(self._numbers)
+        reply = await self._call(number, Record(number, on))
+        if not isinstance(reply, Reply):
+            raise EngineDead("the engine gave another answer")
+        return reply
+
     async def fetch_state(self) -> EngineState:
         """Ask the scheduler for a fresh state."""
         number = next(self._numbers)
@@ -42,7 +50,9 @@ class EngineCalls:
             raise EngineDead("the engine gave another answer")
         return state
 
-    async def _call(self, number: int, message: FlushCache | GetState) -> Reply | EngineState:
+    async def _call(
+        self, number: int, message: FlushCache | GetState | Record
+    ) -> Reply | EngineState:
         future: asyncio.Future[Reply | EngineState] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:

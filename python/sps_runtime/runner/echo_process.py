@@ -21,7 +21,14 @@ from sps_runtime.runner.echo import EMPTY, EchoMemory, EchoRank
 from sps_runtime.runner.grammar_masks import open_matchers
 from sps_runtime.runner.links import open_links
 from sps_runtime.telemetry.logs import setup_logging
-from sps_runtime.types.messages import FromRank, LinkCost, RankReady, StopEngine, ToRank
+from sps_runtime.types.messages import (
+    FromRank,
+    LinkCost,
+    RankReady,
+    Record,
+    StopEngine,
+    ToRank,
+)
 
 WAIT_FOR_PEERS_S = 0.001
 _BELL_BYTES = 64
@@ -69,7 +76,8 @@ def _serve(
         for plan in [message, *plans.take()] if message else plans.take():
             if isinstance(plan, StopEngine):
                 return
-            rank.submit(plan)
+            if not isinstance(plan, Record):
+                rank.submit(plan)
         _advance(rank, results, delay_s)
 
 

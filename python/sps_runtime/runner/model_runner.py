@@ -135,6 +135,10 @@ class ModelRunner:
         self._done = Fence(means.device)
         self._graphs = StepGraphs(means, self._decode, recorder)
 
+    def record(self, on: bool) -> None:
+        """Go on with the timeline, or pause it."""
+        self._timeline.record(on)
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan that this rank is in; all ranks of its group do, in the order of epochs.

@@ -44,7 +44,15 @@ from sps_runtime.sparse.dispatch import device_operators
 from sps_runtime.telemetry.logs import setup_logging
 from sps_runtime.telemetry.timeline import Timeline, open_timeline
 from sps_runtime.types.errors import ConfigError
-from sps_runtime.types.messages import DecodeCost, FromRank, LinkCost, RankReady, StopEngine, ToRank
+from sps_runtime.types.messages import (
+    DecodeCost,
+    FromRank,
+    LinkCost,
+    RankReady,
+    Record,
+    StopEngine,
+    ToRank,
+)
 from sps_runtime.types.plan import StepResult
 
 logger = logging.getLogger(__name__)
@@ -83,6 +91,9 @@ def loop(
     """Execute plans in the order in which they come, until `StopEngine`."""
     while not isinstance(message := plans.receive(), StopEngine):
         if message is None:
+            continue
+        if isinstance(message, Record):
+            runner.record(message.on)
             continue
         try:
             results.send(runner.execute(message))

@@ -26,6 +26,7 @@ from sps_runtime.types.messages import (
     FromRank,
     GetState,
     RankReady,
+    Record,
     Reply,
     StopEngine,
     StopReason,
@@ -198,10 +199,19 @@ class SchedulerLoop:
                 self._links.frontend.send(Reply(call, flushed, detail))
             case GetState(call):
                 self._send_state(call)
+            case Record():
+                self._record(message)
             case StopEngine():
                 self._stopping = True
                 for rank in self._links.ranks:
                     rank.send(StopEngine())
+
+    def _record(self, message: Record) -> None:
+        self._timeline.record(message.on)
+        for rank in self._links.ranks:
+            rank.send(message)
+        detail = "" if self._timeline.on else "this server keeps no timeline (--trace-file)"
+        self._links.frontend.send(Reply(message.call, self._timeline.on, detail))
 
     def _add(self, request: GenerateRequest) -> None:
         try:

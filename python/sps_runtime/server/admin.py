@@ -128,6 +128,23 @@ async def flush_cache(call: Call) -> ASGIApp:
     return as_json(error_body(message, 400, code="cache_busy"), 400)
 
 
+async def start_profile(call: Call) -> ASGIApp:
+    """GET, POST /start_profile: go on with the timeline of --trace-file."""
+    return await _record(call, True)
+
+
+async def stop_profile(call: Call) -> ASGIApp:
+    """GET, POST /stop_profile: pause the timeline and write what was gathered."""
+    return await _record(call, False)
+
+
+async def _record(call: Call, on: bool) -> ASGIApp:
+    reply = await call.service.manager.calls.record(on)
+    if not reply.ok:
+        raise InvalidRequest(reply.detail, code="no_timeline")
+    return PlainTextResponse("The timeline goes on.\n" if on else "The timeline is paused.\n")
+
+
 class AbortBody(msgspec.Struct):
     """POST /abort_request."""
 

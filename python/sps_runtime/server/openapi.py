@@ -24,6 +24,7 @@ _GROUPS = (("/v1/messages", "Anthropic"), ("/v1/", "OpenAI"), ("/", "native"))
 _ERRORS = {
     "400": "a value that cannot be served; `param` names it",
     "401": "no known key",
+    "403": "a key that does not suffice",
     "404": "no such model, response or request",
     "413": "the body is too large",
     "415": "the body is not plain JSON",
@@ -123,6 +124,8 @@ def _errors(route: RouteSpec, group: str) -> dict[str, Any]:
     left_out = set() if route.accepts is not None else _WITH_BODY
     if route.access is Access.PUBLIC:
         left_out = left_out | {"400", "401"}
+    if route.access is not Access.ADMIN:
+        left_out = left_out | {"403"}
     return {
         status: {"description": why, "content": {"application/json": {"schema": schema}}}
         for status, why in _ERRORS.items()

@@ -52,6 +52,10 @@ def _read(
     return RouteSpec(path, methods, Access.USER, handler, summary=summary, answers=answers)
 
 
+def _manage(path: str, handler: Handler, summary: str) -> RouteSpec:
+    return RouteSpec(path, _EITHER, Access.ADMIN, handler, summary=summary, answers=_TEXT)
+
+
 def _send(
     path: str,
     handler: Handler,
@@ -136,6 +140,8 @@ ROUTES = (
     _read("/get_server_info", admin.server_info, "Settings without secrets, pages, counters"),
     _read("/server_info", admin.server_info, "Settings without secrets, pages, counters"),
     _read("/flush_cache", admin.flush_cache, "Drop the prefix cache", _EITHER, _TEXT),
+    _manage("/start_profile", admin.start_profile, "Go on with the timeline of --trace-file"),
+    _manage("/stop_profile", admin.stop_profile, "Pause the timeline of --trace-file"),
     _send("/abort_request", admin.abort_request, Accepts(AbortBody), "End running requests"),
     _read(
         "/concate_and_append_request",

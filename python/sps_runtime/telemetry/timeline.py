@@ -42,6 +42,10 @@ class Timeline(Protocol):
         """
         ...
 
+    def record(self, on: bool) -> None:
+        """Go on, or pause and write what was gathered."""
+        ...
+
     def flush(self) -> None:
         """Write what was gathered."""
         ...
@@ -54,6 +58,9 @@ class NoTimeline:
 
     def span(self, name: str, category: str, **details: Any) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def record(self, on: bool) -> None:
+        return
 
     def flush(self) -> None:
         return
@@ -76,6 +83,7 @@ class TraceFile:
         self._lock = threading.Lock()
         self._lines: list[str] = []
         self._bytes = 0
+        self._paused = False
         self._threads = {threading.current_thread().name: 0}
         common = {"ph": "M", "pid": number, "tid": 0}
         self._add({**common, "name": "process_name", "args": {"name": name}})
@@ -84,6 +92,9 @@ class TraceFile:
 
     @contextmanager
     def span(self, name: str, category: str, **details: Any) -> Iterator[None]:
+        if self._paused:
+            yield
+            return
         began = time.monotonic_ns()
         try:
             yield
@@ -98,6 +109,10 @@ class TraceFile:
                 "dur": (time.monotonic_ns() - began) / 1e3,
             }
             self._add({**event, "args": details} if details else event)
+
+    def record(self, on: bool) -> None:
+        self._paused = not on
+        self.flush()
 
     def flush(self) -> None:
         with self._lock:

@@ -35,6 +35,13 @@ class GetState(msgspec.Struct, frozen=True, tag="state"):
     call: int
 
 
+class Record(msgspec.Struct, frozen=True, tag="record"):
+    """Go on with the timeline, or pause it; answered by `Reply`, `ok` false where there is none."""
+
+    call: int
+    on: bool
+
+
 class StopEngine(msgspec.Struct, frozen=True, tag="stop"):
     """End the process in good order."""
 
@@ -199,7 +206,7 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
     detail: str = ""
 
 
-ToScheduler = GenerateRequest | Abort | FlushCache | GetState | StopEngine
+ToScheduler = GenerateRequest | Abort | FlushCache | GetState | Record | StopEngine
 ToFrontend = TokensBatch | PrefillProgress | Reply | EngineState | EngineFailed | EngineReady
-ToRank = StepPlan | StopEngine
+ToRank = StepPlan | Record | StopEngine
 FromRank = StepResult | RankReady
