@@ -28,6 +28,7 @@ _HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+_LINE_ENDS = tuple((char.encode(), b"\\u%04x" % ord(char)) for char in "\x85\u2028\u2029")
 Events = Callable[[Output], Iterable[Any]]
 
 
@@ -47,8 +48,16 @@ class Framing:
 
 
 def data_event(payload: Any) -> bytes:
-    """An event without a name."""
-    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+    """An event without a name.
+
+    U+0085, U+2028 and U+2029 are escaped: clients that split decoded text into lines as Python does
+    (httpx, and what is built on it) would cut the event there.
+    """
+    body = msgspec.json.encode(payload)
+    for line_end, escaped in _LINE_ENDS:
+        if line_end in body:
+            body = body.replace(line_end, escaped)
+    return b"data: " + body + b"\n\n"
 
 
 def named_event(payload: Mapping[str, Any]) -> bytes:
