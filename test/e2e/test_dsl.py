@@ -20,7 +20,7 @@ needs_sglang = pytest.mark.skipif(not HAS_SGLANG, reason="the extra [dsl] is not
 @pytest.fixture(scope="module")
 def server() -> Iterator[EchoHttp]:
     with EchoHttp(Path("embedded"), "--sp-size", "2", device="cpu") as running:
-        running.wait_ready(60.0)
+        running.wait_ready(110.0)
         yield running
 
 

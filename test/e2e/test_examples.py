@@ -52,7 +52,7 @@ def load(loader: SourceFileLoader) -> ModuleType:
 @pytest.fixture(scope="module")
 def server() -> Iterator[EchoHttp]:
     with EchoHttp(Path("embedded"), "--sp-size", "2", device="cpu") as running:
-        running.wait_ready(60.0)
+        running.wait_ready(110.0)
         yield running
 
 
