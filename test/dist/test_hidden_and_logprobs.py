@@ -12,9 +12,10 @@ import pytest
 import torch
 from test.dist.helpers.exact_models import exact_model, prompt
 from test.dist.helpers.thread_engine import ThreadEngine
-from test.dist.test_scheduler_and_ranks import CELLS, KIND, make_scheduler
+from test.dist.test_scheduler_and_ranks import CELLS, CSA, CSA_CELLS, KIND, make_scheduler
 from torch import Tensor
 
+from sps_runtime.types.attention import EXACT, AttentionSpec
 from sps_runtime.types.messages import TokensOut
 from sps_runtime.types.plan import TokenLogprobs
 from sps_runtime.types.request import GenerateRequest
@@ -34,7 +35,8 @@ def oracle(tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.log_softmax(out.logits[0], -1), out.hidden_states[-1][0, -1]
 
 
-def traffic(chance: random.Random) -> list[GenerateRequest]:
+def traffic(chance: random.Random, attention: AttentionSpec) -> list[GenerateRequest]:
+    """Every prompt twice, for its hidden state and for logprobs; two in three with `attention`."""
     base = prompt(150, seed=5)
     prompts = [base, base[:64], base[:65] + prompt(7), base[:100] + prompt(40), prompt(1)]
     prompts += [prompt(length, seed=6) for length in (16, 17, 63)]
@@ -50,6 +52,7 @@ def traffic(chance: random.Random) -> list[GenerateRequest]:
                     f"r{len(requests)}",
                     pack_ids(tokens),
                     params,
+                    attention=attention if chance.random() < 0.66 else EXACT,
                     logprobs=None if hidden_state else wants,
                     hidden_state=hidden_state,
                 )
@@ -123,9 +126,18 @@ def logprob_error(request: GenerateRequest, news: list[TokensOut]) -> float:
 
 @pytest.mark.parametrize("cell", CELLS, ids=["-".join(map(str, cell[:7])) for cell in CELLS])
 def test_what_is_reported_is_what_transformers_says(cell: tuple) -> None:
+    check(cell, EXACT)
+
+
+@pytest.mark.parametrize("cell", CSA_CELLS, ids=["-".join(map(str, c[:7])) for c in CSA_CELLS])
+def test_under_csa_that_leaves_nothing_out_too(cell: tuple) -> None:
+    check(cell, CSA)
+
+
+def check(cell: tuple, attention: AttentionSpec) -> None:
     torch.set_num_threads(1)
     chance = random.Random(str(cell))
-    requests = traffic(chance)
+    requests = traffic(chance, attention)
     news = serve(cell, requests, chance)
     worst = {"hidden": 0.0, "logprob": 0.0}
     for request in requests:

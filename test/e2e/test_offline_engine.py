@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,13 @@ from test.kit.echo_engine import alive, children_of, eventually
 from test.kit.echo_http import EOS, ROOT, write_model
 
 from sps_runtime.engine import Engine
-from sps_runtime.runner.echo_answers import echo_generate, echo_hidden
+from sps_runtime.runner.echo_answers import (
+    echo_generate,
+    echo_hidden,
+    entries_of,
+    made_up_logprobs,
+    prefix_states,
+)
 from sps_runtime.types.errors import ConfigError, EngineDead, InvalidRequest, SpsError
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
@@ -62,6 +69,18 @@ def test_vectors(engine: Engine) -> None:
     assert len(engine.encode(input_ids=[[1]] * 70)) == 70
     with pytest.raises(InvalidRequest, match="normalise"):
         engine.encode("x", normalise=True)
+
+
+def test_scores(engine: Engine) -> None:
+    (plain,) = engine.score([5, 6], [[7]], [1, 2])
+    state = int(prefix_states(entries_of([5, 6, 7], 0))[-1])
+    vocab = len(engine.tokenizer._fast.get_vocab())
+    right = dict(made_up_logprobs(state, 0, 0, (1, 2), vocab).wanted)
+    assert plain == pytest.approx([math.exp(right[1]), math.exp(right[2])])
+    shares = engine.score("a", ["b", "c"], [1, 2, 3], apply_softmax=True)
+    assert [sum(share) for share in shares] == pytest.approx([1, 1])
+    with pytest.raises(InvalidRequest, match="label_token_ids"):
+        engine.score("a", "b", [])
 
 
 def test_streams_are_cumulative_and_end_early_without_harm(engine: Engine) -> None:

@@ -17,6 +17,7 @@ from sps_runtime.config.server import ServerConfig
 from sps_runtime.engine.bridge import LoopThread, Put
 from sps_runtime.engine.family import Family
 from sps_runtime.frontend.output_group import OutputGroup
+from sps_runtime.frontend.query import Query
 from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.frontend.tokenizer_manager import TokenizerManager
 from sps_runtime.launch.checks import check_model
@@ -26,13 +27,14 @@ from sps_runtime.server.answers import Answer, raise_failure
 from sps_runtime.server.auth import Identity
 from sps_runtime.server.embeddings import encode_queries, encoded
 from sps_runtime.server.process import ZmqEngineLink, build_service
+from sps_runtime.server.score import ScoreBody, score_queries, scores_of
 from sps_runtime.server.sglang_generate import NativeWriter, native_queries
 from sps_runtime.server.sglang_types import EncodeBody, GenerateBody
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.messages import EngineState
 
 _OFFLINE = Identity(admin=True)
-Body = TypeVar("Body", GenerateBody, EncodeBody)
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Engine:
@@ -150,7 +152,30 @@ class Engine:
             EngineDead: the engine is gone.
         """
         body = _body(EncodeBody, prompt, input_ids, fields)
-        return self._loop.run(self._encode(body))
+        answers = self._loop.run(self._run_all(encode_queries(_OFFLINE, body)))
+        vectors = [encoded(answer, normalize=body.normalize is not False) for answer in answers]
+        return vectors if body.is_batch else vectors[0]
+
+    def score(
+        self,
+        query: str | list[int],
+        items: str | list[str] | list[list[int]],
+        label_token_ids: list[int],
+        *,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> list[list[float]]:
+        """How likely given tokens are to follow the query and each item, as ``/v1/score`` says.
+
+        Raises:
+            InvalidRequest: naming the field.
+            EngineDead: the engine is gone.
+        """
+        fields = {"query": query, "items": items, "label_token_ids": label_token_ids}
+        flags = {"apply_softmax": apply_softmax, "item_first": item_first}
+        body = _decoded(ScoreBody, {**fields, **flags})
+        answers = self._loop.run(self._run_all(score_queries(_OFFLINE, body)))
+        return [scores_of(answer, body) for answer in answers]
 
     def flush_cache(self) -> bool:
         """Drop every cached page; False while requests run or wait."""
@@ -205,13 +230,12 @@ class Engine:
         payloads = [writer.payload(answer) for answer in await _gather(group)]
         return payloads if many else payloads[0]
 
-    async def _encode(self, body: EncodeBody) -> Any:
-        queries, batch = encode_queries(_OFFLINE, body), self._manager.limits.max_prompts
-        answers: list[Answer] = []
+    async def _run_all(self, queries: Sequence[Query]) -> list[Answer]:
+        """Any number of queries, as many at a time as a batch may have."""
+        batch, answers = self._manager.limits.max_prompts, list[Answer]()
         for begin in range(0, len(queries), batch):
             answers += await _gather(await self._manager.submit(queries[begin : begin + batch]))
-        vectors = [encoded(answer, normalize=body.normalize is not False) for answer in answers]
-        return vectors if body.is_batch else vectors[0]
+        return answers
 
     async def _stream(self, body: GenerateBody, put: Put) -> None:
         group, writer, _ = await self._submit(body)
@@ -248,7 +272,10 @@ def _body(
     if unknown:
         name = min(unknown)
         raise InvalidRequest(f"{name} is no field of a request", field=name)
-    content = {"text": prompt, "input_ids": input_ids, **fields}
+    return _decoded(kind, {"text": prompt, "input_ids": input_ids, **fields})
+
+
+def _decoded(kind: type[Body], content: dict[str, Any]) -> Body:
     try:
         body: Body = msgspec.json.decode(msgspec.json.encode(content), type=kind)
     except (msgspec.ValidationError, TypeError, UnicodeEncodeError) as error:

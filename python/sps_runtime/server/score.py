@@ -21,6 +21,7 @@ from sps_runtime.frontend.query import (
 )
 from sps_runtime.server.admin import as_json
 from sps_runtime.server.answers import Answer, complete_many
+from sps_runtime.server.auth import Identity
 from sps_runtime.server.body import Prompts, nothing
 from sps_runtime.server.embeddings import check_count
 from sps_runtime.server.openai_common import usage
@@ -57,22 +58,26 @@ async def score(call: Call) -> ASGIApp:
     service = call.service
     body, headers = await read_request(call, ScoreBody)
     service.check_model(body.model)
-    labels = body.label_token_ids or []
-    if not labels:
-        raise InvalidRequest("label_token_ids is empty", field="label_token_ids")
-    prompts = _prompts(body)
-    check_count("items", len(prompts))
-    answers = await complete_many(call, [_query(call, body, labels, p) for p in prompts])
-    softmax = bool(body.apply_softmax)
+    answers = await complete_many(call, score_queries(call.identity, body))
     cache_report = service.server.enable_cache_report
     content: dict[str, Any] = {
         "object": "scoring",
-        "scores": [_scores(answer, labels, softmax=softmax) for answer in answers],
+        "scores": [scores_of(answer, body) for answer in answers],
         "model": body.model or service.model_name,
         "created": int(time.time()),
         "usage": usage([answer.state for answer in answers], 1, cache_report=cache_report),
     }
     return as_json(content, headers=headers)
+
+
+def score_queries(identity: Identity, body: ScoreBody) -> list[Query]:
+    """What a body asks for, one query per item."""
+    labels = body.label_token_ids or []
+    if not labels:
+        raise InvalidRequest("label_token_ids is empty", field="label_token_ids")
+    prompts = _prompts(body)
+    check_count("items", len(prompts))
+    return [_query(identity, body, labels, prompt) for prompt in prompts]
 
 
 def _prompts(body: ScoreBody) -> list[Prompt]:
@@ -91,14 +96,14 @@ def _prompts(body: ScoreBody) -> list[Prompt]:
     return prompts
 
 
-def _query(call: Call, body: ScoreBody, labels: list[int], prompt: Prompt) -> Query:
+def _query(identity: Identity, body: ScoreBody, labels: list[int], prompt: Prompt) -> Query:
     return Query(
         prompt=prompt,
         options=_ONE_TOKEN,
         logprobs=LogprobOptions(0, labels),
         attention=body.attention,
-        tenant=call.identity.tenant,
-        owner=call.identity.owner,
+        tenant=identity.tenant,
+        owner=identity.owner,
         names={
             "prompt": "items",
             "max_new_tokens": "items",
@@ -108,13 +113,10 @@ def _query(call: Call, body: ScoreBody, labels: list[int], prompt: Prompt) -> Qu
     )
 
 
-def _scores(answer: Answer, labels: list[int], *, softmax: bool) -> list[float]:
+def scores_of(answer: Answer, body: ScoreBody) -> list[float]:
     """Probabilities of the labels, one of them perhaps several times."""
-    logprobs = dict(answer.logprobs[0].wanted)
-    scores = [math.exp(logprobs[label]) for label in labels]
-    if not softmax:
-        return scores
-    highest = max(logprobs.values())
+    logprobs, labels = dict(answer.logprobs[0].wanted), body.label_token_ids or []
+    highest = max(logprobs.values()) if body.apply_softmax else 0.0
     weights = [math.exp(logprobs[label] - highest) for label in labels]
-    total = sum(weights)
+    total = sum(weights) if body.apply_softmax else 1.0
     return [weight / total for weight in weights]
