@@ -6,10 +6,14 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 
 import pytest
 from test.kit.echo_http import EchoHttp
+
+import sps_runtime.lang
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 PROGRAMS = CLIENTS / "dsl_programs.py"
@@ -75,3 +79,39 @@ def test_our_front_end_gives_the_same_with_and_without_a_server(
     by_http = run(ours, server.url)
     assert by_http == (expected or by_http)
     assert run(ours, "engine") == by_http
+
+
+class WithOurs(SourceFileLoader):
+    """Loads a module that imports SGLang's front end with ours in its place."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = Path(self.path).read_text()
+        ours = source.replace("import sglang as sgl", "import sps_runtime.lang as sgl")
+        assert ours != source
+        code: CodeType = self.source_to_code(ours, self.path)
+        return code
+
+
+@needs_sglang
+def test_test_programs_of_sglang_run_under_our_front_end(server: EchoHttp) -> None:
+    """Those that ask for no knowledge; what they assert is theirs."""
+    package = importlib.util.find_spec("sglang")
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).parent / "test" / "test_programs.py"
+    loader = WithOurs("programs_of_sglang", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    programs = importlib.util.module_from_spec(spec)
+    loader.exec_module(programs)
+    sps_runtime.lang.set_default_backend(sps_runtime.lang.RuntimeEndpoint(server.url))
+    try:
+        programs.test_mt_bench()
+        programs.test_select(check_answer=False)
+        programs.test_expert_answer(check_answer=False)
+        programs.test_parallel_decoding()
+        programs.test_parallel_encoding(check_answer=False)
+        programs.test_stream()
+        programs.test_regex()
+        programs.test_dtype_gen()
+    finally:
+        sps_runtime.lang.set_default_backend(None)
