@@ -15,6 +15,9 @@ VOID = 1.05
 """What the pipeline hid says nothing where a run in one piece takes longer than the sum of both
 parts by this factor: something else was slow."""
 
+SMALL = 0.1
+"""Nor where less than this share of a run could be hidden: runs differ by several percent."""
+
 Rows = Mapping[str, dict[str, Any]]
 Point = tuple[float, float]
 """Megabits a second, seconds a layer."""
@@ -51,8 +54,10 @@ def _hidden(row: dict[str, Any], pipelined: dict[str, Any], done: Rows) -> dict[
         f"comp_s_per_layer_{name}": comp,
         f"sequential_over_sum_{name}": sequential / (comp + comm),
     }
-    share = (sequential - flying) / (sequential - max(comp, comm))
+    hideable = sequential - max(comp, comm)
+    share = (sequential - flying) / hideable
     void = "void_" if sequential > VOID * (comp + comm) else ""
+    void = "small_" if hideable < SMALL * sequential else void
     return {**found, f"hidden_share_{void}{name}": share}
 
 

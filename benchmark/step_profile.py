@@ -46,13 +46,18 @@ def read_events(path: str | Path) -> Events:
     return events
 
 
-def steps(events: Events, rank: int, phase: str) -> list[Span]:
-    """The steps of one rank with what happened inside each, in order."""
-    spans = [
+def spans_of(events: Events, rank: int, thread: int = 0) -> list[Span]:
+    """The spans of one thread of a rank; 0 is the one that runs steps."""
+    return [
         Span(event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events
-        if event["ph"] == "X" and event["pid"] == rank
+        if event["ph"] == "X" and (event["pid"], event["tid"]) == (rank, thread)
     ]
+
+
+def steps(events: Events, rank: int, phase: str) -> list[Span]:
+    """The steps of one rank with what happened inside each, in order."""
+    spans = spans_of(events, rank)
     spans.sort(key=lambda span: (span.begin, -span.end))
     roots: list[Span] = []
     open_spans: list[Span] = []
