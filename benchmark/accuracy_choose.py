@@ -63,7 +63,6 @@ class Setup:
             window=s.window,
             block=s.block,
             fetch_block=s.superblock if s.superblock > PAGE else 0,
-            representatives=s.rows,
             reduce=self.reduce,
         )
 
@@ -132,10 +131,11 @@ class SuperblockQueries:
     def blocks(self) -> range:
         return range(0, self.q_KGTD.shape[2], PAGE)
 
-    def rows(self, at: int, count: int) -> Tensor:
+    def rows(self, at: int, settings: SparseSettings) -> Tensor:
         """The rows of the block at `at` that are scored ``[kv_heads, group, rows, head_dim]``: all
         of one that is not full."""
         q = self.q_KGTD[:, :, at : at + PAGE]
+        count = settings.scored_rows(self.start + at, self.q_KGTD.shape[2])
         return q[:, :, representative_rows(PAGE, count)] if q.shape[2] == PAGE else q
 
 
@@ -163,7 +163,7 @@ def keys(queries: SuperblockQueries, pages: LayerPages, setup: Setup) -> Probe:
     def share(head: int, at: int, before: int) -> Tensor:
         if not before:
             return torch.zeros(0)
-        q = queries.rows(at, setup.settings.rows)[head]
+        q = queries.rows(at, setup.settings)[head]
         score = q.flatten(0, 1) @ pages.seen_KSD[head, : before * PAGE].T
         return row_shares(
             score.unflatten(1, (before, PAGE)), own(queries, pages, head, at, q), setup
@@ -200,7 +200,7 @@ def page_scores(
 
     def estimator(queries: SuperblockQueries, pages: LayerPages, setup: Setup) -> Probe:
         def share(head: int, at: int, before: int) -> Tensor:
-            q = queries.rows(at, setup.settings.rows)[head]
+            q = queries.rows(at, setup.settings)[head]
             found = score(q.flatten(0, 1), pages, head, before) if before else q.new_zeros(1, 0)
             if not before:
                 return found[0]

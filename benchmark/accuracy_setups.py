@@ -3,7 +3,7 @@
 Fields are those of `SparseSettings` and of `Setup`. What is not named is the default of ``block``,
 save for published methods (`PUBLISHED`): each block of 64 chooses for itself, by all of its rows,
 with no tail, as their authors have it. ``as=block`` gives them what ``block`` has, which is how the
-engine runs them: common sets of superblocks, 32 rows, the tail.
+engine runs them: common sets of superblocks, as many rows, the tail.
 """
 
 from __future__ import annotations

@@ -1,16 +1,21 @@
 """What block-sparse attention saves of a long prompt's time to its first token, on one host.
 
-The `0.5b` shape on two ranks, a thread each: exact attention beside csa with page sets of 10% and
+The `0.5b` shape on two ranks, a thread each: exact attention beside csa with budgets of 10% and
 12%, requests in turns (exact, 10%, 12%, 12%, 10%, exact), no prefix cache hit. The weights are
-random and attend almost uniformly, so what csa reads is forced: ``tau`` 0 lets the budget alone say
-how many pages each query block keeps. All the rest of csa runs and is paid for: summaries, scores
-of all pages, choice, tail, merge. Which pages are best says nothing about a trained model, and so
-nothing here is about answers. The density that came out is the server's own report, over causal
-(query block, page, KV head): at least 8 pages a block, so that short prompts keep more.
+random and attend almost uniformly, so what csa reads is forced, in one of two ways:
+
+- ``csa_10``: all of csa runs and is paid for (summaries, scores of all pages, choice, tail, merge);
+  ``tau`` 0 lets the budget alone say how many pages each query block keeps, at least 16 a block.
+- ``forced_10`` (``--forced``): page sets of exactly that density over the whole prompt, drawn at
+  random for each superblock, the first page and the latest two among them. Nothing is scored:
+  this is what page sets cost that are known for nothing. Summaries and tail are paid for.
+
+Which pages are best says nothing about a trained model, and so nothing here is about answers. The
+density that came out is the server's own report, over causal (query block, page, KV head).
 
 Metrics are defined in benchmark/README.md.
 
-    python benchmark/sparse_prefill.py [--lengths 8192 16384] [--rounds 1] [--model DIR]
+    python benchmark/sparse_prefill.py [--lengths 8192 16384] [--rounds 1] [--forced] [--model DIR]
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +36,37 @@ LENGTHS = (8192, 16384, 32768, 65536)
 QUICK = (6144,)
 BUDGETS = (0.10, 0.12)
 EXACT = "exact"
+ALWAYS = 4
+"""Pages that any block reads: the first, two before it, its own."""
 WARM = 2048
 """Tokens of the untimed prompt before all others; csa may not pay for so few."""
 
 
-def setups(budgets: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+def setups(budgets: tuple[float, ...], forced: bool, length: int) -> dict[str, dict[str, Any]]:
     """A request's ``attention`` by the name of what is measured."""
-    forced = {"mode": "csa", "tau": 0.0}
-    sparse = {f"csa_{round(100 * b)}": {**forced, "budget": b} for b in budgets}
-    return {EXACT: {"mode": "exact"}, **sparse}
+    names: dict[str, dict[str, Any]] = {EXACT: {"mode": "exact"}}
+    for share in budgets:
+        names[f"csa_{round(100 * share)}"] = {"mode": "csa", "tau": 0.0, "budget": share}
+    for share in budgets if forced else ():
+        budget = budget_of(share, length)
+        sets = {"mode": "csa", "estimator": "random", "tau": 0.0, "budget": budget}
+        names[f"forced_{round(100 * share)}"] = sets
+    return names
+
+
+def budget_of(density: float, tokens: int) -> float:
+    """The budget whose page sets, of at least the pages that are always kept, come to a density
+    over a prompt; as near as whole pages allow."""
+    blocks = range(1, -(-tokens // PAGE) + 1)
+
+    def read(budget: float) -> float:
+        return sum(min(n, max(ALWAYS, ceil(budget * n))) for n in blocks) / sum(blocks)
+
+    low, high = 0.001, density
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if read(middle) < density else (low, middle)
+    return low
 
 
 def ask(server: Server, ids: list[int], attention: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +76,7 @@ def ask(server: Server, ids: list[int], attention: dict[str, Any]) -> dict[str, 
 
 
 def measure(
-    server: Server, lengths: tuple[int, ...], names: dict[str, dict[str, Any]], rounds: int
+    server: Server, lengths: tuple[int, ...], budgets: tuple[float, ...], forced: bool, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Rows of all lengths, each setup forwards and backwards."""
     rng = random.Random(0)
@@ -56,9 +84,10 @@ def measure(
     def prompt(length: int) -> list[int]:
         return [rng.randrange(300, 1000) for _ in range(length)]
 
-    for attention in names.values():
+    for attention in setups(budgets, forced, WARM).values():
         ask(server, prompt(WARM), attention)
     for length in lengths:
+        names = setups(budgets, forced, length)
         for name in [*names, *reversed(names)] * rounds:
             row = ask(server, prompt(length), names[name])
             row |= {"setup": name, "length": length}
@@ -71,9 +100,10 @@ def density(row: dict[str, Any]) -> float:
     return float((row["attention"] or {}).get("density", 1.0))
 
 
-def figures_of(rows: list[dict[str, Any]], names: dict[str, Any]) -> dict[str, float]:
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Medians by setup and length, what csa gains over exact, and how alike repetitions are."""
     figures: dict[str, float] = {}
+    names = dict.fromkeys(row["setup"] for row in rows)
     for length in sorted({row["length"] for row in rows}):
         found = {n: [r for r in rows if (r["setup"], r["length"]) == (n, length)] for n in names}
         times = {n: [r["ttft_s"] for r in there] for n, there in found.items()}
@@ -92,12 +122,13 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the prompts")
     parser.add_argument("--rounds", type=int, default=1, help="turns of all setups a length")
+    parser.add_argument("--forced", action="store_true", help="page sets of exact density, too")
     parser.add_argument(
         "--model", type=Path, help="a directory of the 0.5b shape, else one is made"
     )
     args = parser.parse_args()
     lengths = tuple(args.lengths or (QUICK if args.quick else LENGTHS))
-    names = setups(BUDGETS[:1] if args.quick else BUDGETS)
+    budgets = BUDGETS[:1] if args.quick else BUDGETS
     before = floors(2)
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / f"bench-{MODEL}"
@@ -107,9 +138,9 @@ def main() -> None:
         flags = ["--model-path", str(path), "--sp-size", "2", "--threads-per-rank", "1"]
         pool = ["--max-total-tokens", str(2 * int(room)), "--context-length", room]
         with Server(*flags, *pool) as server:
-            rows = list(measure(server, lengths, names, args.rounds))
+            rows = list(measure(server, lengths, budgets, args.forced, args.rounds))
     floor = best_floors(before, floors(2))
-    figures = figures_of(rows, names)
+    figures = figures_of(rows)
     for length in lengths:
         best = figures.pop(f"exact_flops_{length}") / floor["gemm_flops_per_s"]
         figures[f"share_of_floor_exact_sp2_{length}"] = best / figures[f"ttft_s_exact_sp2_{length}"]

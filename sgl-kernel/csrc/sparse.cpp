@@ -25,8 +25,8 @@ void summarise_pages(const SummariseParams& params, int64_t count, int threads) 
                [&](int64_t i) { table.summarise_range(params, i, i + 1); });
 }
 
-void page_shares(const ShareParams& params, const QueryBlock* blocks, int64_t count, float* shares,
-                 const int64_t* share_begin, int threads) {
+void page_shares(const ShareParams& params, const QueryBlock* blocks, const int32_t* rows,
+                 int64_t count, float* shares, const int64_t* share_begin, int threads) {
   std::vector<ShareUnit> units;
   for (int64_t first = 0, last; first < count; first = last) {
     last = first + 1;
@@ -40,6 +40,7 @@ void page_shares(const ShareParams& params, const QueryBlock* blocks, int64_t co
       for (int64_t i = first; i < last; ++i) {
         u.shares[u.count] =
             shares + share_begin[i] + int64_t{head} * (blocks[i].position / params.layout.page);
+        u.rows[u.count] = rows[i];
         u.blocks[u.count++] = blocks[i];
       }
       units.push_back(u);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,21 @@ def test_rows(isa, rows, page):
         torch.bfloat16, 64, lengths=((1088 + 40, 104),), page=page, block=64, superblock=64, group=3
     )
     check_shares(case, rows, 0.125)
+
+
+def test_rows_of_each_block(isa):
+    """Blocks of a call may be scored by different numbers of rows."""
+    case = Sequences(
+        torch.bfloat16, 64, lengths=((704 + 40, 232),), block=32, superblock=128, group=3
+    )
+    rows = np.array([6, 6, 32, 0, 1, 17, 6, 6])
+    for i, (share, want) in enumerate(zip(case.shares(rows, 0.1), rows, strict=True)):
+        alone = case.shares(int(want), 0.1)[i]
+        assert torch.equal(share, alone)
+        truth = case.truth(case.blocks[i], int(want), 0.1)
+        torch.testing.assert_close(share.double(), truth, rtol=0.3, atol=1e-4)
+    with pytest.raises(ValueError):
+        case.shares(np.array([6, -1, 6, 6, 6, 6, 6, 6]), 0.1)
 
 
 @DTYPES

@@ -36,7 +36,8 @@ from sps_runtime.types.sampling import SamplingParams
 LAYERS = 2
 SLOTS = 128
 SETTINGS = SparseSettings(
-    tau=0.02, budget=0.3, minimum=3, window=1, rows=8, block=32, superblock=64, wide_from=256
+    tau=0.02, budget=0.3, minimum=3, window=1, rows=8, end_rows=16, end=32, block=32,
+    superblock=64, wide_from=256
 )
 CSA = AttentionSpec("csa", SETTINGS)
 GREEDY = SamplingParams(temperature=0.0)
@@ -255,9 +256,10 @@ class SparseCase:
             rounded = BlobShape(self.page, self.dim, self.dtype)
             known = decode(encode(k_pages.to(self.dtype), v_pages.to(self.dtype)), rounded)
         outs, kept = [], []
-        edges = (0, min(sparse.wide_from, prompt.tokens), prompt.tokens)
+        last = sparse.align(prompt.tokens - 1)
+        edges = (0, min(sparse.wide_from, prompt.tokens), last, prompt.tokens)
         for start, stop in itertools.pairwise(sorted(set(edges))):
-            setting = selection_settings(sparse, start, self.page)
+            setting = selection_settings(sparse, start, self.page, stop - start)
             part = sparse_attention(
                 q[start:stop], k[:stop], v[:stop], known, found, setting,
                 start=start, scale=self.dim**-0.5, page_size=self.page, tail=sparse.tail,

@@ -57,8 +57,10 @@ class Truth:
         ]
 
     def choose(self, begin: int, settings: SparseSettings) -> list[Tensor]:
-        chosen = selection_settings(settings, begin, self.case.page)
-        return choose(self.superblock(begin, settings), self.known, SketchedKeys(), chosen)
+        blocks = self.superblock(begin, settings)
+        tokens = sum(block.q_KGTD.shape[2] for block in blocks)
+        chosen = selection_settings(settings, begin, self.case.page, tokens)
+        return choose(blocks, self.known, SketchedKeys(), chosen)
 
     def taus(self, block: Block, kept_KN: Tensor) -> Tensor:
         """``[kv_heads, group, tokens]``."""

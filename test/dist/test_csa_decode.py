@@ -178,7 +178,7 @@ class DecodeCase:
         known = summarise(k_pages, v_pages, counts, needs).first(before)
         own = own_block_row(q, k[begin:], v[begin:])
         block = Block(begin, q, before, settings.block // PAGE, own)
-        setting = selection_settings(settings, position, PAGE)
+        setting = selection_settings(settings, position, PAGE, 1)
         if before:
             share = block.shares(known, estimator(settings.estimator), setting)
             kept = select(share, block.own_pages, setting)

@@ -62,7 +62,7 @@ def test_reads_what_its_budget_allows_and_its_own_page(name: str) -> None:
     assert found.read_pairs == len(found.page_ids)
 
 
-@pytest.mark.parametrize("name", sorted({*registry.ESTIMATORS} - {"null"}))
+@pytest.mark.parametrize("name", sorted({*registry.ESTIMATORS} - {"null", "random"}))
 def test_finds_a_page_that_every_row_wants(name: str) -> None:
     """All keys of one page lie along the queries, on which all estimators must agree."""
     k, _ = pool(2)
@@ -71,6 +71,17 @@ def test_finds_a_page_that_every_row_wants(name: str) -> None:
     start = 3 * SUPERBLOCK
     found = chosen(name, k, want.expand(SUPERBLOCK, HEADS * GROUP, DIM), start, 0.3)
     assert all(11 in pages_of(found, item) for item in range(len(found.items)))
+
+
+def test_forced_page_sets_are_the_budgets_and_nobodys_choice() -> None:
+    k, _ = pool(4)
+    start = 3 * SUPERBLOCK
+    q = torch.randn(7 * PAGE, HEADS * GROUP, DIM)
+    first, other = (chosen("random", k, rows, start, 0.25) for rows in (q, -q))
+    for item in range(len(first.items)):
+        pages = start // PAGE + item // HEADS + 1
+        assert len(pages_of(first, item)) == max(4, -(-pages // 4))
+        assert pages_of(first, item) == pages_of(other, item)
 
 
 def test_null_reads_the_sink_and_the_latest_pages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -131,7 +132,10 @@ def block_shares(case: Case, settings: SparseSettings) -> list[Tensor]:
     ids, shares = case.queries.page_ids, []
     q_KGTD = case.q_THD.float().unflatten(1, (HEADS, -1)).permute(1, 2, 0, 3) * case.scale
     shape = BlobShape(PAGE, pool.head_dim, case.q_THD.dtype)
-    for row, rows, position, _, entry, _ in case.queries.blocks.tolist():
+    tokens = Counter[int]()
+    for _, rows, _, number, _, _ in case.queries.blocks.tolist():
+        tokens[number] += rows
+    for row, rows, position, number, entry, _ in case.queries.blocks.tolist():
         before, stop = position // PAGE, -(-(position + rows) // PAGE)
         of = ids[entry : entry + stop]
         keys = gather(case.k, SLOTS, of[before:]).float()
@@ -139,7 +143,7 @@ def block_shares(case: Case, settings: SparseSettings) -> list[Tensor]:
         q = q_KGTD[:, :, row : row + rows]
         block = Block(position, q, before, 64 // PAGE, own_block(q, keys, keys, counts))
         known = decode(gather(pool.pools, SLOTS, of[:before]), shape)
-        wide = selection_settings(settings, position, PAGE)
+        wide = selection_settings(settings, position, PAGE, tokens[number])
         shares.append(block.shares(known, found, wide) if before else torch.zeros(HEADS, 0))
     return shares
 

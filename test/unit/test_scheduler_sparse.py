@@ -68,6 +68,19 @@ def test_only_whole_superblocks_of_the_prompt_serve_the_next() -> None:
     server.run()
 
 
+def test_a_prompts_end_is_scored_by_many_rows_wherever_it_lies() -> None:
+    settings = SparseSettings(rows=6, end_rows=32, end=128, superblock=1024, wide_from=2048)
+    whole = [settings.scored_rows(at, 1024) for at in range(0, 1024, 64)]
+    assert whole == [6] * 14 + [32] * 2
+    wide = [settings.scored_rows(2048 + at, 2048) for at in range(0, 2048, 64)]
+    assert wide == [6] * 30 + [32] * 2
+    assert {settings.scored_rows(1024 + at, 1000) for at in range(0, 1000, 64)} == {32}
+    short = settings.for_prompt(4096)
+    assert {short.scored_rows(at, 64) for at in range(0, 4096, 64)} == {32}
+    every = msgspec.structs.replace(settings, rows=0)
+    assert every.scored_rows(0, 1024) == every.scored_rows(960, 1024) == 0
+
+
 def test_short_prompts_read_more_and_share_no_page_with_long_ones() -> None:
     settings = msgspec.structs.replace(
         SETTINGS, minimum=2, short_to=32, short_minimum=5, short_superblock=4

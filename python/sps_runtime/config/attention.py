@@ -22,6 +22,7 @@ ESTIMATORS = {
     "null": "null",
     "oracle": "oracle",
     "stride": "stride",
+    "random": "random",
 }
 """What clients may name, and what `SparseSettings.estimator` calls it."""
 

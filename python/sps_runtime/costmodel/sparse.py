@@ -50,9 +50,17 @@ def attention_share(settings: SparseSettings, tokens: int) -> float:
     density = expected_density(settings, tokens)
     if settings.estimator == "stride":
         return density
-    rows = settings.rows or settings.block
     tail = TAIL * (1 - density) if settings.tail == "mean" else 0.0
-    return density + CHOOSING * min(1.0, rows / settings.block) + tail
+    return density + CHOOSING * scored_share(settings, tokens) + tail
+
+
+def scored_share(settings: SparseSettings, tokens: int) -> float:
+    """Rows that are scored over all, in a whole superblock at a prompt's end."""
+    size = settings.superblock_at(tokens - 1)
+    first = settings.align(tokens - 1)
+    blocks = range(first, first + size, settings.block)
+    rows = [settings.scored_rows(at, size) or settings.block for at in blocks]
+    return sum(min(each, settings.block) for each in rows) / (len(rows) * settings.block)
 
 
 def imbalance(settings: SparseSettings, tokens: int, ranks: int) -> float:

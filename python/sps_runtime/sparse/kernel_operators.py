@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sps_runtime.sparse.estimators.registry import BLOCK
+from sps_runtime.sparse.estimators.patterns import random_shares
+from sps_runtime.sparse.estimators.registry import BLOCK, RANDOM
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
-from sps_runtime.sparse.torch_operators import TorchOperators
+from sps_runtime.sparse.torch_operators import TorchOperators, minimum_pages
 from sps_runtime.types.attention import SparseSettings
 
 
@@ -49,22 +52,26 @@ class KernelSparseOperators:
         settings: SparseSettings,
         scale: float,
     ) -> Chosen:
-        if settings.estimator != BLOCK or not _fits(summaries.head_dim):
+        if settings.estimator not in (BLOCK, RANDOM) or not _fits(summaries.head_dim):
             return self._torch.choose(q_THD, queries, k_pools, summaries, settings, scale)
         page, block = summaries.page_size, max(settings.block, summaries.page_size)
         heads = next(k.shape[1] for k in k_pools if len(k))
-        shares = self._kernels.page_shares(
-            q_THD,
-            queries.blocks,
-            queries.page_ids,
-            summaries.pools,
-            k_pools,
-            slots=summaries.slots_per_rank,
-            rows=settings.rows,
-            block=block,
-            scale=scale,
-            threads=self._threads,
-        )
+        if settings.estimator == RANDOM:
+            before = (queries.blocks[:, 2] // page).tolist()
+            shares = torch.cat([random_shares(heads, pages).flatten() for pages in before])
+        else:
+            shares = self._kernels.page_shares(
+                q_THD,
+                queries.blocks,
+                queries.page_ids,
+                summaries.pools,
+                k_pools,
+                slots=summaries.slots_per_rank,
+                rows=_scored_rows(queries, settings),
+                block=block,
+                scale=scale,
+                threads=self._threads,
+            )
         made = self._kernels.choose_pages(
             shares,
             queries.blocks,
@@ -73,7 +80,7 @@ class KernelSparseOperators:
             kv_heads=heads,
             tau=settings.tau,
             budget=settings.budget,
-            minimum=settings.minimum,
+            minimum=minimum_pages(settings),
             sink=settings.sink,
             window=settings.window,
             block=block,
@@ -135,6 +142,14 @@ def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:
     """The partial of queries that saw no key."""
     o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
     return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
+
+
+def _scored_rows(queries: QueryBlocks, settings: SparseSettings) -> npt.NDArray[np.int64]:
+    """Rows that are scored of each query block, 0 for all."""
+    table = queries.blocks.numpy()
+    tokens = np.bincount(table[:, 3], table[:, 1]).astype(np.int64)[table[:, 3]]
+    pairs = zip(table[:, 2].tolist(), tokens.tolist(), strict=True)
+    return np.array([settings.scored_rows(*pair) for pair in pairs])
 
 
 def _fits(head_dim: int) -> bool:

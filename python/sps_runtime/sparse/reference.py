@@ -112,7 +112,7 @@ class Block:
         """What the estimator says of the pages before: ``[kv_heads, pages]``. A block with fewer
         rows than its size, which is a prompt's last, scores all of them."""
         tokens = self.q_KGTD.shape[2]
-        scored = settings.representatives if tokens == settings.block else 0
+        scored = settings.scored(self.start) if tokens == settings.block else 0
         rows = representative_rows(tokens, scored)
         mass = estimator.log_mass(self.q_KGTD[:, :, rows], summaries.first(self.before))
         return page_shares(mass, self.own[1][:, :, rows], settings.reduce)

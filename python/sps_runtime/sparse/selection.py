@@ -29,6 +29,7 @@ class SelectionSettings:
             the same pages of those before it, or fewer: what a rank fetches is bounded by budget
             times its superblocks, however many blocks they have. 0 for none.
         representatives: rows of a block that are scored, for each query head; 0 for all.
+        end_representatives, end: the same in the last `end` tokens of a superblock.
         reduce: how rows and heads make one share of a page, and blocks one of a superblock:
             ``norm``, the root of the sum of squares, which one row's need moves, and rounding
             errors of many rows less than in ``max``, the largest; or ``mean`` over rows.
@@ -43,7 +44,14 @@ class SelectionSettings:
     block: int = 64
     fetch_block: int = 0
     representatives: int = 0
+    end_representatives: int = 0
+    end: int = 0
     reduce: Reduce = "norm"
+
+    def scored(self, position: int) -> int:
+        """Rows that are scored of the block at a position; 0 for all."""
+        left = self.fetch_block - position % self.fetch_block if self.fetch_block else self.end + 1
+        return self.representatives if left > self.end else self.end_representatives
 
 
 def representatives(q_KGTD: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sps_runtime.ops.merge_state import merge_state
 from sps_runtime.sparse import blob
 from sps_runtime.sparse.estimators.protocol import Estimator, ProbingEstimator
-from sps_runtime.sparse.estimators.registry import BLOCK, estimator, whole_blocks
+from sps_runtime.sparse.estimators.registry import BLOCK, RANDOM, estimator, whole_blocks
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
 from sps_runtime.sparse.reference import Block, choose, own_block
 from sps_runtime.sparse.selection import SelectionSettings
@@ -22,19 +22,28 @@ IN_BLOB = frozenset({"mean_k_NKD", "mean_v_NKD", "low_NKD", "high_NKD", "sketch_
 
 
 def selection_settings(
-    settings: SparseSettings, position: int, page_size: int
+    settings: SparseSettings, position: int, page_size: int, tokens: int
 ) -> SelectionSettings:
-    """What `settings` mean for the superblock that holds a position."""
+    """What `settings` mean for the superblock that holds a position and has so many tokens."""
+    first, every_row = settings.align(position), whole_blocks(estimator(settings.estimator))
+    last = settings.superblock_end(position) - 1
     return SelectionSettings(
         tau=settings.tau,
         budget=settings.budget,
-        minimum=settings.minimum,
+        minimum=minimum_pages(settings),
         sink=settings.sink,
         window=settings.window,
         block=max(settings.block, page_size),
         fetch_block=settings.superblock_at(position),
-        representatives=0 if whole_blocks(estimator(settings.estimator)) else settings.rows,
+        representatives=0 if every_row else settings.scored_rows(first, tokens),
+        end_representatives=0 if every_row else settings.scored_rows(last, tokens),
+        end=settings.end,
     )
+
+
+def minimum_pages(settings: SparseSettings) -> int:
+    """Of forced page sets the budget alone says how many they are."""
+    return 0 if settings.estimator == RANDOM else settings.minimum
 
 
 class TorchOperators:
@@ -63,7 +72,8 @@ class TorchOperators:
         q_KGTD = _by_head(q_THD, pages.kv_heads, scale)
         for superblock in _superblocks(queries):
             first = superblock[0]
-            wide = selection_settings(settings, first.position, summaries.page_size)
+            tokens = sum(block.rows for block in superblock)
+            wide = selection_settings(settings, first.position, summaries.page_size, tokens)
             ids = queries.page_ids[first.entry : first.entry + superblock[-1].stop(summaries)]
             known = pages.summaries(ids[: superblock[-1].before(summaries)])
             blocks = [each.block(q_KGTD, ids, pages, wide.block) for each in superblock]

@@ -23,7 +23,11 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_tau: measured dropped mass (95% upper bound) above which the budget is widened, then
             attention is exact, for a superblock and head; 1 measures only.
         budget: at most this share of the pages before a block.
-        minimum, sink, window, rows: as `sparse.selection.SelectionSettings` has them.
+        minimum, sink, window: as `sparse.selection.SelectionSettings` has them.
+        rows, end_rows, end: of a query block that are scored (`scored_rows`), 0 for all: `rows`,
+            and at least `end_rows` in a prompt's last, shorter superblock and in the last `end`
+            tokens of any other, for a prompt's end, where its question is, may lie in both. A block
+            that is not whole is scored by all of its rows.
         superblock: tokens, below position `wide_from`; twice as many from there.
         short_to, short_minimum, short_superblock: a prompt of fewer than `short_to` tokens has at
             least that minimum and at most that superblock (`for_prompt`): a tenth of few pages, in
@@ -45,7 +49,9 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     minimum: int = 16
     sink: int = 1
     window: int = 2
-    rows: int = 32
+    rows: int = 6
+    end_rows: int = 32
+    end: int = 128
     block: int = 64
     superblock: int = 1024
     wide_from: int = 16384
@@ -69,13 +75,21 @@ class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         admitted, and part of its pages' fidelity. Pages that were written for a short prompt do not
         serve a long one, so a conversation that grows past `short_to` is computed anew once. A
         superblock is a page at least."""
-        if tokens >= self.short_to or self.estimator == "stride":
+        if tokens >= self.short_to or self.estimator in ("stride", "random"):
             return self
         return msgspec.structs.replace(
             self,
             minimum=max(self.minimum, self.short_minimum),
             superblock=min(self.superblock, max(self.short_superblock, page_size)),
         )
+
+    def scored_rows(self, position: int, tokens: int) -> int:
+        """Rows that are scored of the whole block at a position, whose superblock has so many
+        tokens; 0 for all."""
+        whole = tokens >= self.superblock_at(position)
+        if not self.rows or (whole and position < self.superblock_end(position) - self.end):
+            return self.rows
+        return max(self.rows, self.end_rows)
 
     def superblock_at(self, position: int) -> int:
         """Tokens of the superblock that holds a position."""

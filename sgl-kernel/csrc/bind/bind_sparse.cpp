@@ -173,10 +173,10 @@ int64_t lay_out_shares(const QueryBlock* blocks, int64_t count, int page, int64_
 }
 
 void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence summaries_,
-            nb::sequence k_pools_, int64_t slots, nb::handle out_, int rows, int block,
-            double scale, int threads) {
+            nb::sequence k_pools_, int64_t slots, nb::handle out_, nb::handle rows_, double scale,
+            int threads) {
   const Tensor q(q_, "q"), blocks(blocks_, "blocks"), ids(ids_, "page_ids"),
-      out(out_, "shares", true);
+      out(out_, "shares", true), rows(rows_, "rows");
   const PoolArrays k(k_pools_, "k_pools", 4);
   if (k.empty()) value_error("k_pools: no pool has a slot");
   const Tensor& some = k.some();
@@ -185,10 +185,13 @@ void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence sum
   some.need_dtype(q.dtype);
   check_scale(scale);
   check_threads(threads);
-  if (rows < 0 || block < 1) value_error("rows must not be negative, block must be positive");
   ids.need_dtype(DType::kI32).need_ndim(1).need_contiguous();
   const QueryBlock* all = check_blocks(blocks, q.shape[0], ids.shape[0], s.layout.page);
   const int64_t count = blocks.shape[0];
+  rows.need_dtype(DType::kI32).need_shape({count}).need_contiguous();
+  for (int64_t i = 0; i < count; ++i)
+    if (rows.as<int32_t>()[i] < 1 || rows.as<int32_t>()[i] > all[i].count)
+      value_error("rows: a block scores one to all of its rows");
   auto begin = std::make_shared<std::vector<int64_t>>(count);
   const int64_t size =
       lay_out_shares(all, count, s.layout.page, some.shape[1], begin->data());
@@ -212,15 +215,13 @@ void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence sum
                 nullptr,
                 {some.byte_stride(0), some.byte_stride(1), some.byte_stride(2)},
                 ids.as<int32_t>(),
-                rows,
-                block,
                 static_cast<float>(scale)};
-  submit({q_, blocks_, ids_, s.arrays.objects, k.objects, out_},
-         [p, all, count, begin, threads, to = out.as<float>(), summaries = s.arrays.pointers,
-          keys = k.pointers]() mutable {
+  submit({q_, blocks_, ids_, s.arrays.objects, k.objects, out_, rows_},
+         [p, all, count, begin, threads, scored = rows.as<int32_t>(), to = out.as<float>(),
+          summaries = s.arrays.pointers, keys = k.pointers]() mutable {
            p.summaries.pools = summaries.data();
            p.k_pools = keys.data();
-           page_shares(p, all, count, to, begin->data(), threads);
+           page_shares(p, all, scored, count, to, begin->data(), threads);
          });
 }
 

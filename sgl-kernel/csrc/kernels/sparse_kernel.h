@@ -10,9 +10,9 @@ namespace SPS_ISA_NS {
 constexpr float kMostMass = 1e38f;
 
 // 1 / the mass that each row of a register sees in all; false where it is too large for a float.
-// 0 in the lanes from `rows` on, which repeat a row.
+// 0 in the lanes from `lanes` on, which repeat a row.
 template <class M>
-static bool invert_total(const ShareState<M>& st, int reg, int rows, int pages, float* inverse) {
+static bool invert_total(const ShareState<M>& st, int reg, int lanes, int pages, float* inverse) {
   alignas(64) float own[Wide::W];
   for (int i = 0; i < Wide::W; ++i)
     own[i] = st.own[reg * Wide::W + i] - st.ref[reg * Wide::W + i];
@@ -21,7 +21,7 @@ static bool invert_total(const ShareState<M>& st, int reg, int rows, int pages, 
     total = Wide::add(total, Wide::load(st.mass + (int64_t{j} * st.regs + reg) * Wide::W));
   const bool fits = Wide::hmax(total) < kMostMass;
   Wide::store(inverse, Wide::div(Wide::set1(1.0f), total));
-  for (int i = rows < 0 ? 0 : rows; i < Wide::W; ++i) inverse[i] = 0.0f;
+  for (int i = lanes; i < Wide::W; ++i) inverse[i] = 0.0f;
   return fits;
 }
 
@@ -31,9 +31,9 @@ template <class M>
 static bool write_shares(const ShareParams& p, const ShareUnit& u, int b, ShareState<M>& st) {
   const RowSpan span = st.span[b];
   const int pages = pages_before(u.blocks[b], p.layout.page);
-  const int rows = scored_rows(p, u.blocks[b]), each = (span.last - span.first) / p.group;
+  const int lanes = p.group * u.rows[b];
   for (int reg = span.first; reg < span.last; ++reg)
-    if (!invert_total(st, reg, rows - (reg - span.first) % each * Wide::W, pages,
+    if (!invert_total(st, reg, lanes - (reg - span.first) * Wide::W, pages,
                       st.inverse + reg * Wide::W))
       return false;
   for (int j = 0; j < pages; ++j) {

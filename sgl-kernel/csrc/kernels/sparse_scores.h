@@ -30,14 +30,9 @@ static inline int chunk_pages(int page, int d) {
   return pages;
 }
 
-static inline int scored_rows(const ShareParams& p, const QueryBlock& b) {
-  return p.rows > 0 && p.rows < b.count && b.count == p.block ? p.rows : b.count;
-}
-
-// Row of the block that is its i-th scored one: evenly spaced, the last among them.
-static inline int scored_row(const ShareParams& p, const QueryBlock& b, int i) {
-  const int rows = scored_rows(p, b);
-  return rows == b.count ? i : static_cast<int>(int64_t{i + 1} * b.count / rows) - 1;
+// Row of a block of `count` that is the i-th of `rows` scored ones.
+static inline int scored_row(int count, int rows, int i) {
+  return static_cast<int>(int64_t{i + 1} * count / rows) - 1;
 }
 
 template <class E>
@@ -80,9 +75,8 @@ struct ShareState {
     chunk = chunk_pages(p.layout.page, p.layout.d);
     regs = 0;
     for (int b = 0; b < u.count; ++b) {
-      const int rows = scored_rows(p, u.blocks[b]);
       span[b].first = regs;
-      regs += p.group * ((rows + Wide::W - 1) / Wide::W);
+      regs += (p.group * u.rows[b] + Wide::W - 1) / Wide::W;
       span[b].last = regs;
     }
     const int64_t padded = (regs + kRowRegs - 1) / kRowRegs * kRowBlock;
@@ -112,18 +106,16 @@ struct ShareState {
   }
 };
 
-// Row i of a block and head into its lane. Lanes beyond the last row repeat it.
+// Row `at` of a block and head into a lane of a register.
 template <class M>
-static void load_row(const ShareParams& p, const QueryBlock& b, int64_t head, int i, int reg,
-                     ShareState<M>& st) {
+static void load_row(const ShareParams& p, const QueryBlock& b, int64_t head, int at, int reg,
+                     int lane, ShareState<M>& st) {
   float converted[kMaxHeadDim];
-  const int rows = scored_rows(p, b), at = scored_row(p, b, i < rows ? i : rows - 1);
   const char* src = p.q + int64_t{b.row + at} * p.q_token_stride + head * p.q_head_stride;
   if (M::kConvert) {
     M::convert_row(src, converted, p.layout.d);
     src = reinterpret_cast<const char*>(converted);
   }
-  const int lane = i % Wide::W;
   float* dst = st.row(reg) + lane;
   for (int c = 0; c < st.steps; ++c)
     __builtin_memcpy(dst + int64_t{c} * kRowBlock, src + 4 * c, 4);
@@ -131,13 +123,17 @@ static void load_row(const ShareParams& p, const QueryBlock& b, int64_t head, in
   st.hi[reg * Wide::W + lane] = b.position + at;
 }
 
+// Heads follow one another in the lanes of a block; those beyond the last row repeat it.
 template <class M>
 static void load_rows(const ShareParams& p, const ShareUnit& u, ShareState<M>& st) {
   for (int b = 0; b < u.count; ++b) {
-    const int lanes = (st.span[b].last - st.span[b].first) / p.group * Wide::W;
-    for (int i = 0; i < p.group * lanes; ++i)
-      load_row<M>(p, u.blocks[b], int64_t{u.kv_head} * p.group + i / lanes, i % lanes,
-                  st.span[b].first + i / Wide::W, st);
+    const int rows = u.rows[b], last = p.group * rows - 1;
+    for (int i = 0; i < (st.span[b].last - st.span[b].first) * Wide::W; ++i) {
+      const int lane = i < last ? i : last;
+      load_row<M>(p, u.blocks[b], int64_t{u.kv_head} * p.group + lane / rows,
+                  scored_row(u.blocks[b].count, rows, lane % rows), st.span[b].first + i / Wide::W,
+                  i % Wide::W, st);
+    }
   }
 }
 

@@ -50,8 +50,6 @@ struct ShareParams {
   const char* const* k_pools;
   PoolLayout k_layout;
   const int32_t* page_ids;
-  int rows;   // of a whole block that are scored, evenly spaced; 0: all
-  int block;  // tokens of a whole block; all rows of a shorter one are scored
   float scale;
 };
 
@@ -59,6 +57,7 @@ struct ShareParams {
 constexpr int kShareBlocks = 4;
 struct ShareUnit {
   QueryBlock blocks[kShareBlocks];
+  int rows[kShareBlocks];  // that are scored, evenly spaced, the last among them
   float* shares[kShareBlocks];
   int count, kv_head;
 };
@@ -105,8 +104,8 @@ struct TailParams {
 };
 
 void summarise_pages(const SummariseParams& params, int64_t count, int threads);
-void page_shares(const ShareParams& params, const QueryBlock* blocks, int64_t count, float* shares,
-                 const int64_t* share_begin, int threads);
+void page_shares(const ShareParams& params, const QueryBlock* blocks, const int32_t* rows,
+                 int64_t count, float* shares, const int64_t* share_begin, int threads);
 void select_pages(const SelectParams& params, int threads);
 void tail_attention(const TailParams& params, int threads);
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sps_kernel import _core
 from sps_kernel.arrays import Array, empty_float32, is_torch
@@ -79,7 +81,7 @@ def page_shares(
     k_pools: Sequence[Array],
     *,
     slots: int,
-    rows: int,
+    rows: int | npt.NDArray[np.integer[Any]],
     block: int,
     scale: float,
     threads: int = 1,
@@ -101,7 +103,7 @@ def page_shares(
         One for each pool; 0 slots where none can be read.
     k_pools : arrays [slots, Hkv, page, d] of q's dtype
         Read for blocks' own pages.
-    rows : int
+    rows : int, or [n] of numpy
         Rows of a whole block that are scored, evenly spaced, the last among them; 0 for all.
     block : int
         Tokens of a whole block. All rows of a shorter one are scored.
@@ -117,9 +119,11 @@ def page_shares(
     index = np.asarray(blocks)
     page = next(int(k.shape[2]) for k in k_pools if len(k))
     out = empty_float32(q, (int((index[:, 2] // page).sum()) * heads,))
-    _core.page_shares(
-        q, blocks, page_ids, summaries, k_pools, slots, out, rows, block, scale, threads
-    )
+    if np.min(rows, initial=0) < 0 or block < 1:
+        raise ValueError("rows must not be negative, block must be positive")
+    some = (index[:, 1] == block) & (np.asarray(rows) > 0) & (index[:, 1] > rows)
+    scored = np.where(some, rows, index[:, 1]).astype(np.int32)
+    _core.page_shares(q, blocks, page_ids, summaries, k_pools, slots, out, scored, scale, threads)
     return out
 
 

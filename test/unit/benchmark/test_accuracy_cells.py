@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def test_chooses_what_the_reference_chooses(name: str, estimator: Estimator) -> 
     pages, q = filled(name)
     start = 16 * 64
     chosen = choose(SuperblockQueries(start, q), pages, setup(name))
-    selection = setup(name).selection
+    rows = setup(name).settings.scored_rows(start, q.shape[2])
+    selection = replace(setup(name).selection, representatives=rows)
     k, v = pages.k.float(), pages.v.float()
     counts = torch.full((PAGES,), 64)
     counts[-1] = 64 - 20
@@ -58,7 +60,9 @@ def test_chooses_what_the_reference_chooses(name: str, estimator: Estimator) -> 
     ]
     wanted = reference.choose(blocks, summaries, estimator, selection)
     for mine, theirs in zip(chosen, wanted, strict=True):
-        assert (mine != theirs).float().mean() < 0.06  # a page for another: means are bf16 here
+        # One page for another, where shares are nearly equal: means are bf16 here, and products of
+        # matrices round as memory happens to be aligned.
+        assert int((mine != theirs).sum()) <= 2
         assert 0 < int(mine.sum()) < mine.numel()
 
 
@@ -88,7 +92,7 @@ def test_questions_of_a_document_share_its_ids() -> None:
 def test_a_tiny_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense answers are right, the null's are not, and what was measured is not measured again."""
     path = tmp_path / "accuracy.json"
-    setups = ["dense", "null:minimum=1,budget=0.05", "oracle"]
+    setups = ["dense", "null:minimum=1,budget=0.05,short_to=0", "oracle:short_to=0"]
     given = [
         "--cells",
         "2048:end",
@@ -110,7 +114,7 @@ def test_a_tiny_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {row["setup"]: row["answers"]["lookalike"] for row in rows}
     assert answers["dense"] == "1111"
     assert answers[setups[1]].count("1") <= 2
-    assert answers["oracle"].count("1") >= 3
+    assert answers["oracle:short_to=0"].count("1") >= 3
     before = path.read_text()
     accuracy.main()
     assert path.read_text() == before

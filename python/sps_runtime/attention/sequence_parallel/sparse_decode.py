@@ -126,7 +126,7 @@ class SparseDecode:
         settings, size = self._settings, self._step.layout.page_size
         chosen = []
         for t, share_KN in enumerate(self._everyones(shares, kv_heads)):
-            setting = selection_settings(settings, int(self._step.layout.starts[t]), size)
+            setting = selection_settings(settings, int(self._step.layout.starts[t]), size, 1)
             chosen.append(select(share_KN, setting.block // size, setting))
         return chosen
 

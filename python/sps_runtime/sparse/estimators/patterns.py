@@ -51,6 +51,23 @@ class Nothing:
 
 
 @dataclass(frozen=True)
+class RandomPages:
+    """Pages that nothing chose: page sets of the budget's size for timing, and for nothing else."""
+
+    needs: frozenset[str] = frozenset()
+
+    def log_mass(self, q_KGRD: Tensor, pages: PageSummaries) -> Tensor:
+        share = random_shares(q_KGRD.shape[0], pages.pages).log() + _OUTSIDE
+        return share[:, None, None].expand(*q_KGRD.shape[:3], pages.pages)
+
+
+def random_shares(kv_heads: int, before: int) -> Tensor:
+    """What `RandomPages` says of the pages before a block ``[kv_heads, before]``, by their number
+    alone."""
+    return torch.rand(kv_heads, before, generator=torch.Generator().manual_seed(before))
+
+
+@dataclass(frozen=True)
 class VerticalSlash:
     """FlexPrefill's and MInference's pattern (Lai et al. 2025, Jiang et al. 2024): what the last
     query block attends to, as pages (verticals) and as distances (slashes), is taken for all.

@@ -15,7 +15,10 @@ from sps_runtime.registry import resolve
 from sps_runtime.sparse.estimators.protocol import Estimator
 
 BLOCK = "block"
-"""The one that kernels know; all others run in torch."""
+"""The one that kernels know; all others but `RANDOM` run in torch."""
+
+RANDOM = "random"
+"""Forced page sets, which cost nothing to choose."""
 
 _HERE = "sps_runtime.sparse.estimators"
 
@@ -27,6 +30,7 @@ ESTIMATORS = {
     "vertical_slash": f"{_HERE}.patterns:LastBlockPattern",
     "oracle": f"{_HERE}.bounds:ExactMass",
     "null": f"{_HERE}.patterns:Nothing",
+    RANDOM: f"{_HERE}.patterns:RandomPages",
 }
 """Name -> ``module:class``."""
 
