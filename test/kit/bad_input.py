@@ -12,6 +12,7 @@ from typing import Any
 from test.kit.live_server import VOCAB_SIZE
 
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/generate"
+VECTORS, SCORE = "/v1/embeddings", "/v1/score"
 USER = [{"role": "user", "content": "x"}]
 
 # name -> values that must be refused, in OpenAI's words
@@ -28,6 +29,7 @@ SAMPLING: dict[str, list[Any]] = {
     "n": [0, 17, 1 << 31, -1, "1", True],
     "seed": [1 << 64, 1.5, "1"],
     "stop": [["x"] * 17, "", [""], "x" * 257, 5, [5], {"a": 1}],
+    "stop_regex": [["x"] * 17, "", [""], "x" * 257, 5, "a(", "(?=a)b", r"(a)\1", "a{300}", "a*"],
     "stop_token_ids": [[VOCAB_SIZE], [-1], [True], [1.0], [1 << 63], ["1"], 5, [1] * 301],
     "logit_bias": [
         {str(VOCAB_SIZE): 1},
@@ -208,6 +210,30 @@ def other_cases() -> Iterator[tuple[str, Any, str]]:
     yield "/abort_request", {}, "rid"
 
 
+def vector_cases() -> Iterator[tuple[str, Any, str]]:
+    """Prompts, options and labels of routes that generate nothing."""
+    for prompt in PROMPTS:
+        if prompt == ["x"] * 65:
+            continue  # more than one batch: these routes take it
+        yield VECTORS, {"input": prompt}, "input"
+        ids = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], str)
+        yield "/encode", {"input_ids" if ids else "text": prompt}, "input_ids" if ids else "text"
+        yield SCORE, {"items": prompt, "label_token_ids": [1]}, "items"
+    yield VECTORS, {"input": ["x"] * 2049}, "input"
+    for name, value in {"dimensions": 3, "image_data": "x", "messages": USER}.items():
+        yield VECTORS, {"input": "x", name: value}, name
+        yield "/encode", {"text": "x", name: value}, name
+    for value in ("int8", 5, ["float"]):
+        yield VECTORS, {"input": "x", "encoding_format": value}, "encoding_format"
+    yield VECTORS, {"input": "x", "normalize": "yes"}, "normalize"
+    yield VECTORS, {"input": ["x", "y"], "rid": ["a"]}, "rid"
+    for labels in (None, [], [VOCAB_SIZE], [-1], [True], [1.0], "x", list(range(301))):
+        body = {"query": "x", "items": "y", "label_token_ids": labels}
+        yield SCORE, body, "label_token_ids"
+    yield SCORE, {"query": "x", "items": [[1]], "label_token_ids": [1]}, "items"
+    yield SCORE, {"query": 5, "items": "x", "label_token_ids": [1]}, "query"
+
+
 def raw_cases() -> Iterator[tuple[str, Any, str]]:
     """Bodies that no JSON writer would write."""
     for number in ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "nan"):
@@ -233,4 +259,6 @@ def raw_cases() -> Iterator[tuple[str, Any, str]]:
     yield TEXT, b'{"model": null, "prompt": "x", "n": 0}', "n"
 
 
-CASES = list(itertools.chain(sampling_cases(), prompt_cases(), other_cases(), raw_cases()))
+CASES = list(
+    itertools.chain(sampling_cases(), prompt_cases(), other_cases(), vector_cases(), raw_cases())
+)
