@@ -68,4 +68,14 @@ def _device_backend(
     if dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128, 256):
         raise ConfigError(f"FlashInfer computes no heads of {head_dim} in {dtype}")
     library = importlib.import_module("flashinfer")
-    return FlashInferBackend(library, TorchBackend(), device)
+    return FlashInferBackend(library, _without_flashinfer(), device)
+
+
+def _without_flashinfer() -> AttentionBackend:
+    """What computes lists that FlashInfer cannot."""
+    try:
+        found = importlib.import_module("sps_runtime.attention.triton")
+    except ImportError:
+        return TorchBackend()
+    backend: AttentionBackend = found.TritonBackend()
+    return backend

@@ -277,9 +277,10 @@ class FlashInferBackend:
         step = _Step(lists, plans, found.others)
         partial = self._run(step, q, flat, layout)
         self._wrappers.give_back(planned for _, planned in plans)
-        o = partial.o.view(kv_heads, tokens, group, dim).transpose(0, 1).reshape(q_THD.shape)
+        o = q_THD.new_empty((tokens, kv_heads, group, dim), dtype=torch.float32)
+        o.copy_(partial.o.view(kv_heads, tokens, group, dim).transpose(0, 1))
         lse = partial.lse.view(kv_heads, tokens, group).transpose(0, 1).reshape(tokens, heads)
-        return Partial(o, lse)
+        return Partial(o.view(q_THD.shape), lse)
 
 
 def _calls(step: _Step) -> list[Call]:

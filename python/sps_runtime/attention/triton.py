@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +14,28 @@ from sps_runtime.attention.run_lists import RunListCache
 from sps_runtime.ops.triton.attention import Sizes, paged_attention
 from sps_runtime.ops.triton.pools import PoolTables
 from sps_runtime.ops.triton.states import merge_states
+
+STANDING = 256
+"""Lists that stay whose mirrors are kept: more than recorded steps have shapes and windows."""
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """Lists that stay. Holds on to `here`, so that no others get their identity.
+
+    Attributes:
+        here, there: on the host, where they are written, and on the device.
+        sizes: of all that they can hold.
+    """
+
+    here: PageLists
+    there: PageLists
+    sizes: Sizes
+
+    def upload(self) -> None:
+        """The values that they hold now, in the order of the current stream."""
+        for to, array in zip(_arrays(self.there), _arrays(self.here), strict=True):
+            to.copy_(array, non_blocking=True)
 
 
 class TritonBackend:
@@ -26,12 +50,13 @@ class TritonBackend:
     """
 
     name = "triton"
-    recordable = False
+    recordable = True
 
     def __init__(self, processors: int | None = None) -> None:
         self._processors = processors
         self._tables = PoolTables()
         self._runs = RunListCache()
+        self._standing: OrderedDict[int, _Standing] = OrderedDict()
 
     def partial(
         self,
@@ -65,9 +90,33 @@ class TritonBackend:
     ) -> Partial:
         partial = _unwritten(q_THD) if lists.complete else _empty(q_THD)
         if len(lists.items):
-            sizes = self._sizes(q_THD, lists, pool)
+            sizes = None
+            if lists.standing:
+                lists, sizes = self._mirrored(q_THD, lists, pool)
+            sizes = sizes or self._sizes(q_THD, lists, pool)
             self._attend(q_THD, pool, lists, partial, sizes, scale, window)
         return partial
+
+    def refresh(self, lists: PageLists) -> bool:
+        found = self._standing.get(id(lists))
+        if found is not None:
+            found.upload()
+        return True
+
+    def _mirrored(self, q_THD: Tensor, lists: PageLists, pool: PagePool) -> tuple[PageLists, Sizes]:
+        """Lists that stay, on the device where a graph may hold them, and sizes that bound all that
+        they will ever hold."""
+        found = self._standing.get(id(lists))
+        if found is None:
+            kv_heads = next(k.shape[1] for k in pool.k if len(k))
+            pages = -(-len(lists.page_ids) // len(lists.items))
+            rows = int(lists.items[:, 1].max())
+            sizes = Sizes(rows, kv_heads, pages, self._processors_of(q_THD.device))
+            found = _Standing(lists, _on(lists, q_THD.device), sizes)
+            self._standing[id(lists)] = found
+            while len(self._standing) > STANDING:
+                self._standing.popitem(last=False)
+        return found.there, found.sizes
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         merge_states([(partial.o, partial.lse) for partial in partials], out_THD)
@@ -117,6 +166,17 @@ class TritonBackend:
             properties = torch.cuda.get_device_properties(device) if on_gpu else None
             self._processors = properties.multi_processor_count if properties else 1
         return self._processors
+
+
+def _on(lists: PageLists, device: torch.device) -> PageLists:
+    items, ids, positions = (
+        torch.empty_like(array, device=device).copy_(array) for array in _arrays(lists)
+    )
+    return PageLists(items, ids, positions, lists.complete)
+
+
+def _arrays(lists: PageLists) -> tuple[Tensor, Tensor, Tensor]:
+    return lists.items, lists.page_ids, lists.page_positions
 
 
 def _heads(pools: Sequence[Tensor], kv_heads: tuple[int, int] | None) -> list[Tensor]:
