@@ -118,7 +118,8 @@ class DecodeInputs:
         """Take the values of a step.
 
         Args:
-            plan: with `rows` sequences of one new token each, and at most `capacity` pages.
+            plan: with at most `rows` sequences of one new token each, and at most `capacity`
+                pages; rows beyond them read one key and write nothing.
             tokens: their ids.
 
         Raises:
@@ -128,7 +129,9 @@ class DecodeInputs:
         self._plan = plan
         who = self._who
         self._copied.wait()
-        self._tokens[:] = tokens
+        used = len(plan.sequences)
+        self._tokens[:used], self._tokens[used:] = tokens, 0
+        self._positions[used:], self._slots[used:], self._offsets[used:] = 0, -1, 0
         for row, sequence in enumerate(plan.sequences):
             page, offset = divmod(sequence.start, who.page_size)
             if len(sequence.pages) < 4 * (page + 1):
@@ -188,3 +191,6 @@ class DecodeInputs:
             lists.put(row, position, ids, starts)
             remote = starts[owners != who.sp_rank]
             lists.remote_tokens += int(np.minimum(position + 1 - remote, who.page_size).sum())
+        some_page = np.frombuffer(plan.sequences[0].pages, np.int32, 1)
+        for row in range(len(plan.sequences), self.rows):
+            lists.put(row, 0, some_page, self._page_starts[:1])

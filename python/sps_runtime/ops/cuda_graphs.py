@@ -36,6 +36,8 @@ class GraphRecorder:
         device: this rank's GPU.
     """
 
+    padded = True
+
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()

@@ -128,7 +128,13 @@ class Replayable(Protocol):
 
 
 class StepRecorder(Protocol):
-    """Records on behalf of one rank: `Recorder` on CPUs, `ops.cuda_graphs` on GPUs."""
+    """Records on behalf of one rank: `Recorder` on CPUs, `ops.cuda_graphs` on GPUs.
+
+    Attributes:
+        padded: steps had better be padded to few shapes.
+    """
+
+    padded: bool
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Replayable | str]:
         """Run `work`; return its result, and the recording or why there is none."""
@@ -167,6 +173,8 @@ class Recorder:
     Args:
         kernels: the package (`ops.dispatch`).
     """
+
+    padded = False
 
     def __init__(self, kernels: ModuleType) -> None:
         self._kernels = kernels

@@ -33,6 +33,9 @@ from sps_runtime.types.plan import Placement, StepPlan
 
 logger = logging.getLogger(__name__)
 
+PADDED = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+"""Rows of steps on GPUs: SGLang and vLLM capture about these."""
+
 Compute = Callable[[Tensor, StepContext], Tensor]
 """Ids and context of a decode step -> logits of all rows; the model's ordinary code."""
 
@@ -123,14 +126,22 @@ class StepGraphs:
         else:
             logits_RV = self._replay(shape, shape.recording)
         self._means.traffic.attention_bytes += shape.attention.remote_bytes()
-        return logits_RV
+        return logits_RV[: len(plan.sequences)]
+
+    def _padded(self, rows: int) -> int:
+        """Rows of the shape that a step is computed in: a graph costs memory and a moment to
+        capture, and a few rows more cost a GPU nothing."""
+        if self._recorder is None or not self._recorder.padded:
+            return rows
+        return next(size for size in PADDED if size >= rows)
 
     def _shape(self, plan: StepPlan, links: GroupLinks, context: MakeContext) -> _Shape:
-        key = (plan.group, plan.placement, len(plan.sequences))
+        rows = self._padded(len(plan.sequences))
+        key = (plan.group, plan.placement, rows)
         shape = self._shapes.get(key)
-        pages = page_count(plan, self._means.store.shape.page_size)
+        pages = page_count(plan, self._means.store.shape.page_size) + rows - len(plan.sequences)
         if shape is None or shape.inputs.capacity < pages:
-            inputs = decode_inputs(plan, self._means, capacity_for(pages))
+            inputs = decode_inputs(plan, self._means, capacity_for(pages), rows)
             attention = DecodeAttention(inputs, self._means, links.sp)
             made = _Shape(inputs, attention, context(plan, links, inputs.positions_T, attention))
             if shape is not None and isinstance(shape.recording, str):

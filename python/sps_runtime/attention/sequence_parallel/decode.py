@@ -59,8 +59,10 @@ def reachable(plan: StepPlan, context: AttentionContext) -> bool:
     return bool(reached[np.frombuffer(packed, np.int32) // shape.slots].all())
 
 
-def decode_inputs(plan: StepPlan, context: AttentionContext, capacity: int) -> DecodeInputs:
-    """Arrays for a step's shape; `fill` comes next.
+def decode_inputs(
+    plan: StepPlan, context: AttentionContext, capacity: int, rows: int
+) -> DecodeInputs:
+    """Arrays for a step's shape of so many rows; `fill` comes next.
 
     Pages outside of the group are dealt to members by SP rank.
     """
@@ -75,7 +77,6 @@ def decode_inputs(plan: StepPlan, context: AttentionContext, capacity: int) -> D
             for sp_rank in range(mesh.sp_size)
         ),
     )
-    rows = len(plan.sequences)
     return DecodeInputs(rows, capacity, shape.kv_heads, readers, context.device)
 
 
