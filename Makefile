@@ -5,6 +5,7 @@
 #   make test                         all that CI runs;  PYTEST_ARGS="test/unit -k radix" for a part
 #   make test-clients                 real clients, each in an environment of its own (docs/howto/clients.md);
 #                                     CLIENTS="litellm lm-eval" for some of them
+#   make gpu                          what only a GPU can confirm: test/gpu and benchmark/gpu.py
 #   make sanitize                     the kernels' tests under sanitizers, which CI runs beside that
 #   make TORCH="torch==2.13.0 --index-url URL" serve
 #                                     another build of torch: the default one brings gigabytes of CUDA
@@ -17,6 +18,7 @@ KERNEL ?= auto
 ARGS ?= --sp-size 2
 PYTEST_ARGS ?=
 CLIENTS ?=
+GPU_MINUTES ?= 5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ TORCH_FREE := types config ipc telemetry costmodel kvcache grammar scheduler fro
 CHECKED := $(wildcard $(addprefix python/sps_runtime/,$(TORCH_FREE))) \
 	$(wildcard $(addprefix python/sps_runtime/,launch_server.py cli.py registry.py))
 
-.PHONY: serve test test-clients check lint types pytest sanitize format setup doctor clean
+.PHONY: serve test gpu test-clients check lint types pytest sanitize format setup doctor clean
 
 serve: setup
 	$(BIN)/sps serve $(ARGS)
@@ -46,6 +48,12 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy $(CHECKED)
+
+# All that a GPU must confirm; without one the tests skip and say so.
+gpu: setup
+	$(BIN)/pip install -e '.[gpu]'
+	-$(BIN)/python -m pytest -q -rs test/gpu --timeout 300
+	$(BIN)/python benchmark/gpu.py --minutes $(GPU_MINUTES)
 
 pytest: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
