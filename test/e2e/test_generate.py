@@ -178,6 +178,7 @@ def test_information(http: httpx.Client) -> None:
         assert info["max_total_num_tokens"] == 1 << 20
         assert info["page_size"] == 64
         assert isinstance(info["internal_states"][0], dict)
+        assert info["disable_radix_cache"] is False
         assert info["version"]
     assert ok(http.get("/v1/loads"))["loads"][0]["num_total_reqs"] == 0
     assert ok(http.post("/concate_and_append_request", json={"src_rids": [], "dst_rid": "x"})) == {}

@@ -4,6 +4,7 @@ of derivatives, masks from a walk over the vocabulary's trie; limits bound every
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -17,6 +18,7 @@ from sps_runtime.grammar.structural_tag import structural_tag_to_lark
 from sps_runtime.types.grammar import GrammarSpec
 
 MAX_MESSAGE_CHARS = 500
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
 
 
 class LLGuidance:
@@ -54,7 +56,7 @@ class LLGuidance:
 
     def _translated(self, spec: GrammarSpec) -> str:
         if spec.kind == "regex":
-            return str(LLMatcher.grammar_from_regex(spec.source))
+            return str(LLMatcher.grammar_from_regex(_ascii_digits(spec.source)))
         if spec.kind == "json_schema":
             return str(LLMatcher.grammar_from_json_schema(_schema(spec.source)))
         if spec.kind == "structural_tag":
@@ -111,6 +113,14 @@ class LLGuidanceMatcher:
 
     def _error(self) -> str:
         return _line(self._inner.get_error())
+
+
+def _ascii_digits(regex: str) -> str:
+    r"""Read ``\d`` as 0 to 9, as xgrammar and JavaScript do.
+
+    Unicode's 700 digits hold newer ones than the checker at the other end may know.
+    """
+    return _ESCAPE.sub(lambda found: "[0-9]" if found[0] == "\\d" else found[0], regex)
 
 
 def _schema(source: str) -> str:

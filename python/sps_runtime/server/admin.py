@@ -79,6 +79,7 @@ async def server_info(call: Call) -> ASGIApp:
             **engine["parallel"],
             **engine["cache"],
             "kv_cache_dtype": engine["cache"]["kv_dtype"],
+            "disable_radix_cache": not service.engine.cache.enable_prefix_cache,
             "attention": engine["attention"],
             **engine["scheduler"],
             "served_model_name": service.model_name,

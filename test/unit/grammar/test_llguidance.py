@@ -213,3 +213,11 @@ def test_backends_by_name(vocabulary: Vocabulary) -> None:
         make_backend("nothing", vocabulary)
     with pytest.raises(GrammarError, match="cannot be read"):
         load_vocabulary("/nonexistent", 10, (0,))
+
+
+def test_digits_are_ascii(backend: GrammarBackend) -> None:
+    for source in (r"\d{2}", r"[\d]{2}", r"[^\D]{2}|[\d-]{2}"):
+        assert accepts(backend, "regex", source, "42")
+    assert not accepts(backend, "regex", r"\d", "٤")
+    assert not accepts(backend, "regex", r"[a\d]", "٤")
+    assert accepts(backend, "regex", r"\\d", "\\d")
