@@ -47,16 +47,23 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(rows: int, head_dim: int, page_size: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(
+    rows: int, head_dim: int, page_size: int, dtype: torch.dtype, kv_format: str
+) -> Tiles:
     """Tiles whose keys, values and queries fit the 163 KiB of shared memory of sm_80.
+
+    Loads of quantised rows are not pipelined: triton 3.7 cannot copy bytes asynchronously into the
+    layout that they are multiplied in. More programs on a processor hide their latency.
 
     Args:
         rows: folded rows (queries times heads of a KV head) of an item.
     """
     wide = dtype.itemsize * triton.next_power_of_2(head_dim) > 256
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if wide else 128)
+    most = 32 if dtype == torch.float32 else 64 if wide else 128
+    block_m = min(max(16, triton.next_power_of_2(rows)), most)
     block_n = min(page_size & -page_size, 32 if wide else 64)
-    return Tiles(block_m, block_n, 8 if block_m == 128 else 4, 2 if wide else 3)
+    stages = 1 if kv_format != "native" else 2 if wide else 3
+    return Tiles(block_m, block_n, 8 if block_m == 128 else 4, stages)
 
 
 def paged_attention(
@@ -87,7 +94,8 @@ def paged_attention(
         return
     _, kv_heads, page, row = k.base.shape
     group = heads // kv_heads
-    tiles = choose_tiles(sizes.rows * group, dim, page, q_THD.dtype)
+    kv_format = row_format(k.base, dim)
+    tiles = choose_tiles(sizes.rows * group, dim, page, q_THD.dtype, kv_format)
     work = triton.cdiv(sizes.rows * group, tiles.rows) * sizes.kv_heads
     splits = choose_splits(work * len(items), sizes.pages * page, sizes.processors)
     o, lse = o_THD, lse_TH
@@ -100,7 +108,7 @@ def paged_attention(
         q_THD.stride(0), q_THD.stride(1), slots_per_rank, k.base.stride(0), k.base.stride(1),
         o_THD.numel(), lse_TH.numel(), heads, scale, window or 0,
         GROUP=group, D=dim, ROW=row, BLOCK_D=max(16, triton.next_power_of_2(dim)), PAGE=page,
-        BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, FORMAT=FORMATS[row_format(k.base, dim)],
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, FORMAT=FORMATS[kv_format],
         WINDOW=bool(window), KV_SPLITS=splits,
         PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
         num_warps=tiles.warps, num_stages=tiles.stages,
