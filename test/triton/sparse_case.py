@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from sps_runtime.types.attention import SparseSettings
 PAGE, HEADS, GROUP, SLOTS, BLOCK = 16, 2, 3, 24, 32
 
 
-def sparse_settings(**changes: float) -> SparseSettings:
+def sparse_settings(**changes: Any) -> SparseSettings:
     fields = {"budget": 0.4, "minimum": 4, "rows": 8, "superblock": 64, "block": BLOCK}
-    return SparseSettings(**fields | {"wide_from": 1 << 20} | changes)
+    more = {"wide_from": 1 << 20, "end": 0, "end_rows": 0}
+    return SparseSettings(**fields | more | changes)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,6 @@ class Case:
             q = q_KGTD[:, :, row : row + rows]
             block = Block(position, q, before, BLOCK // PAGE, own_block(q, keys, keys, counts))
             known = decode(gather(pool.pools, SLOTS, of[:before]), shape)
-            wide = selection_settings(settings, position, PAGE)
+            wide = selection_settings(settings, position, PAGE, 1 << 20)
             shares.append(block.shares(known, found, wide) if before else torch.zeros(HEADS, 0))
         return shares

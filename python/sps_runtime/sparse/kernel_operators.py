@@ -67,7 +67,7 @@ class KernelSparseOperators:
                 summaries.pools,
                 k_pools,
                 slots=summaries.slots_per_rank,
-                rows=_scored_rows(queries, settings),
+                rows=scored_rows(queries, settings),
                 block=block,
                 scale=scale,
                 threads=self._threads,
@@ -144,7 +144,7 @@ def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:
     return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
 
 
-def _scored_rows(queries: QueryBlocks, settings: SparseSettings) -> npt.NDArray[np.int64]:
+def scored_rows(queries: QueryBlocks, settings: SparseSettings) -> npt.NDArray[np.int64]:
     """Rows that are scored of each query block, 0 for all."""
     table = queries.blocks.numpy()
     tokens = np.bincount(table[:, 3], table[:, 1]).astype(np.int64)[table[:, 3]]

@@ -7,7 +7,9 @@ what is chosen goes back to where they came from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sps_runtime.ops.triton.choice import Limits, choose_pages
@@ -15,9 +17,11 @@ from sps_runtime.ops.triton.mean_tail import nothing, tail_attention
 from sps_runtime.ops.triton.page_summary import summarise_pages
 from sps_runtime.ops.triton.pools import PoolTables
 from sps_runtime.ops.triton.scores import ScoredBlocks, page_masses, page_shares
-from sps_runtime.sparse.estimators.registry import BLOCK
+from sps_runtime.sparse.estimators.patterns import random_shares
+from sps_runtime.sparse.estimators.registry import BLOCK, RANDOM
+from sps_runtime.sparse.kernel_operators import scored_rows
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
-from sps_runtime.sparse.torch_operators import TorchOperators
+from sps_runtime.sparse.torch_operators import TorchOperators, minimum_pages
 from sps_runtime.types.attention import SparseSettings
 
 
@@ -25,7 +29,7 @@ class TritonSparseOperators:
     """`SparseOperators` on one GPU; pages and summaries are read where they lie, those of other
     ranks of this host where they are mapped. Only `choose` waits for the device, once.
 
-    Estimators other than `block` go to torch.
+    Estimators other than `block` and forced page sets go to torch.
     """
 
     def __init__(self) -> None:
@@ -48,23 +52,25 @@ class TritonSparseOperators:
         settings: SparseSettings,
         scale: float,
     ) -> Chosen:
-        if settings.estimator != BLOCK:
+        if settings.estimator not in (BLOCK, RANDOM):
             return self._torch.choose(q_THD, queries, k_pools, summaries, settings, scale)
         page, block = summaries.page_size, max(settings.block, summaries.page_size)
         k = self._tables.table(k_pools)
+        home, kv_heads = queries.blocks.device, k.base.shape[1]
+        queries = replace(queries, blocks=queries.blocks.cpu())
         scored = ScoredBlocks.of(
-            queries.blocks.cpu(), queries.page_ids, page_size=page, block=block,
-            rows=settings.rows, device=q_THD.device,
+            queries.blocks, queries.page_ids, page_size=page, block=block,
+            rows=torch.from_numpy(scored_rows(queries, settings)), device=q_THD.device,
         )  # fmt: skip
-        shares = page_shares(
-            q_THD, scored, self._tables.table(summaries.pools), k, summaries.slots_per_rank,
-            scale=scale,
-        )  # fmt: skip
+        if settings.estimator == RANDOM:
+            shares = _forced_shares(scored, kv_heads)
+        else:
+            known = self._tables.table(summaries.pools)
+            shares = page_shares(q_THD, scored, known, k, summaries.slots_per_rank, scale=scale)
         made = choose_pages(
-            shares, queries.blocks.cpu(), scored.page_ids, _limits(settings, block // page),
-            page_size=page, kv_heads=k.base.shape[1],
+            shares, queries.blocks, scored.page_ids, _limits(settings, block // page),
+            page_size=page, kv_heads=kv_heads,
         )  # fmt: skip
-        home = queries.blocks.device
         return Chosen(
             items=made.items.to(home),
             page_ids=made.page_ids.to(home),
@@ -128,11 +134,19 @@ class TritonSparseOperators:
         return o_THD, lse_TH
 
 
+def _forced_shares(scored: ScoredBlocks, kv_heads: int) -> Tensor:
+    """`estimators.patterns.random_shares` of each block, as `page_shares` has them."""
+    shares = torch.zeros(len(scored.table), kv_heads, scored.width)
+    for of, pages in zip(shares, scored.table[:, 4].tolist(), strict=True):
+        of[:, :pages] = random_shares(kv_heads, pages)
+    return shares.flatten(0, 1).to(scored.table.device)
+
+
 def _limits(settings: SparseSettings, block_pages: int) -> Limits:
     return Limits(
         tau=settings.tau,
         budget=settings.budget,
-        minimum=settings.minimum,
+        minimum=minimum_pages(settings),
         sink=settings.sink,
         window=settings.window,
         block_pages=block_pages,

@@ -33,17 +33,22 @@ class ScoredBlocks:
     scored: int
     before: int
 
+    @property
+    def width(self) -> int:
+        """Columns that shares have."""
+        return int(triton.next_power_of_2(max(PAGES, self.before)))
+
     @classmethod
     def of(
-        cls, blocks: Tensor, page_ids: Tensor, *, page_size: int, block: int, rows: int,
+        cls, blocks: Tensor, page_ids: Tensor, *, page_size: int, block: int, rows: Tensor,
         device: torch.device,
     ) -> ScoredBlocks:  # fmt: skip
-        """From `sparse.operators.QueryBlocks` on the host; a whole block of `block` tokens scores
-        `rows` of them (0 for all), a shorter one all."""
+        """From `sparse.operators.QueryBlocks` on the host; a whole block i of `block` tokens scores
+        rows[i] of them (0 for all), a shorter one all."""
         table = blocks.new_zeros((len(blocks), 6))
         table[:, 0], table[:, 1], table[:, 3] = blocks[:, 0], blocks[:, 1], blocks[:, 4]
-        fewer = (blocks[:, 1] == block) & (0 < rows < block)
-        table[:, 2] = torch.where(fewer, rows, blocks[:, 1])
+        fewer = (blocks[:, 1] == block) & (rows > 0) & (rows < block)
+        table[:, 2] = torch.where(fewer, rows.to(torch.int32), blocks[:, 1])
         table[:, 4] = blocks[:, 2] // page_size
         most = table.amax(0).tolist() if len(table) else [0] * 6
         return cls(
@@ -75,7 +80,7 @@ def page_shares(
     _, heads, _ = q_THD.shape
     kv_heads = k.base.shape[1]
     group, count = heads // kv_heads, len(blocks.table)
-    width = triton.next_power_of_2(max(PAGES, blocks.before))
+    width = blocks.width
     shares = q_THD.new_empty((count * kv_heads, width), dtype=torch.float32)
     if blocks.before == 0 or count == 0:
         return shares
