@@ -54,9 +54,14 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
+@pytest.fixture(scope="module")
+def by_sglang(server: EchoHttp) -> list[str]:
+    return run(PROGRAMS, server.url)
+
+
 @needs_sglang
-def test_programs_run_unmodified(server: EchoHttp) -> None:
-    run(PROGRAMS, server.url)
+def test_programs_run_unmodified(by_sglang: list[str]) -> None:
+    assert by_sglang
 
 
 @needs_sglang
@@ -72,13 +77,18 @@ def test_its_own_tests_and_documented_uses_pass(
     assert sum(line.startswith("skip ") for line in lines) == skipped, lines
 
 
-def test_our_front_end_gives_the_same_with_and_without_a_server(
-    server: EchoHttp, ours: Path
-) -> None:
-    expected = run(PROGRAMS, server.url) if HAS_SGLANG else None
-    by_http = run(ours, server.url)
-    assert by_http == (expected or by_http)
-    assert run(ours, "engine") == by_http
+@pytest.fixture(scope="module")
+def by_ours(server: EchoHttp, ours: Path) -> list[str]:
+    return run(ours, server.url)
+
+
+@needs_sglang
+def test_our_front_end_gives_the_same(by_ours: list[str], by_sglang: list[str]) -> None:
+    assert by_ours == by_sglang
+
+
+def test_an_engine_gives_the_same_as_a_server(by_ours: list[str], ours: Path) -> None:
+    assert run(ours, "engine") == by_ours
 
 
 class WithOurs(SourceFileLoader):
