@@ -3,19 +3,28 @@ and tensors told apart by where they lie."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test.dist.rank_program import check_collectives, check_exchanges, check_started
 
+from sps_runtime.config.engine import EngineConfig
+from sps_runtime.config.parallel import ParallelConfig
+from sps_runtime.config.process import RankConfig, local_endpoints
 from sps_runtime.distributed.boxes import BOXES, Boxes, BoxMailroom, counter_bytes
 from sps_runtime.distributed.by_device import DeviceMailroom, StagedMailroom
 from sps_runtime.distributed.communicator import Mailroom, Traffic
-from sps_runtime.distributed.cuda_ipc import Exported, box_events, event_name, tell_all
+from sps_runtime.distributed.cuda_ipc import Driver, Exported, box_events, event_name, tell_all
 from sps_runtime.distributed.threads import ThreadWorld
+from sps_runtime.kvstore.shape import KVShape
+from sps_runtime.runner.gpu import share_gpu, with_domains
+from sps_runtime.runner.place import Place
 
 BOX_BYTES = 1000
 
@@ -139,3 +148,79 @@ def test_everybody_knows_what_everybody_exports() -> None:
         assert told == [exported(rank) for rank in range(3)]
     assert event_name("filled", 1, 0) in exported(0).events
     assert len(exported(2).events) == 2 * 2 * BOXES
+
+
+def config_of(rank: int, gpus: tuple[int, ...], links: str, sp: int = 2, tp: int = 1) -> RankConfig:
+    parallel = ParallelConfig(sp_size=sp, tp_size=tp)
+    engine = EngineConfig(
+        model_path="", device="cuda", gpus=gpus, device_links=links, parallel=parallel
+    )
+    return RankConfig(rank=rank, engine=engine, endpoints=local_endpoints(Path("/x"), sp * tp))
+
+
+def test_without_interprocess_memory_all_go_through_the_host() -> None:
+    """One rank that can share nothing is enough; here no rank has a driver."""
+    world = ThreadWorld(2, timeout_s=30)
+    shape = KVShape(1, 2, 1, 16, 16, 2)
+
+    def work(rank: int) -> str:
+        config, host = config_of(rank, (0, 0), "ipc"), world.mailroom(rank).group((0, 1))
+        place = Place.of(rank, config.engine.parallel)
+        sharing = share_gpu(config, place, torch.device("cpu"), shape, None, host)
+        assert sharing.gpu is None and sharing.everyone == (None, None)
+        apart = with_domains(place, config.engine, False)
+        assert apart.hosts == (0, 1) and apart.sp_peers_here() == {rank: rank}
+        return sharing.why
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU may share its memory")
+    assert all("host memory" in why for why in world.run(work))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tp", "hosts"),
+    [((0, 0), 1, (0, 0)), ((0, 1), 1, (0, 1)), ((0, 1, 0, 1), 1, (0, 1, 0, 1)),
+     ((0, 1, 0, 1), 2, (0, 0)), ((0, 1, 2, 3), 2, (0, 1))],
+)  # fmt: skip
+def test_ranks_of_one_gpu_read_in_place(
+    gpus: tuple[int, ...], tp: int, hosts: tuple[int, ...]
+) -> None:
+    sp = len(gpus) // tp
+    engine = config_of(0, gpus, "auto", sp, tp).engine
+    for rank in range(len(gpus)):
+        place = with_domains(Place.of(rank, engine.parallel), engine, True)
+        assert place.hosts == hosts
+
+
+class FakeCuda:
+    """The driver's calls over addresses of our own."""
+
+    def __init__(self) -> None:
+        self.given: dict[bytes, int] = {}
+
+    def cuMemAlloc_v2(self, address: Any, nbytes: Any) -> int:  # noqa: N802
+        if nbytes.value > 1000:
+            return 2
+        address._obj.value = 4096 * (1 + len(self.given))
+        return 0
+
+    def cuIpcGetMemHandle(self, handle: Any, address: Any) -> int:  # noqa: N802
+        content = address.value.to_bytes(8, "little") + b"\xff" * 56
+        ctypes.memmove(handle._obj.reserved, content, 64)
+        self.given[content] = address.value
+        return 0
+
+    def cuIpcOpenMemHandle_v2(self, address: Any, handle: Any, flags: Any) -> int:  # noqa: N802
+        address._obj.value = self.given[bytes(handle.reserved)] + 1
+        return 0 if flags.value == 1 else 1
+
+
+def test_the_driver_is_called_as_it_is_declared() -> None:
+    driver = Driver(FakeCuda())  # type: ignore[arg-type]
+    address = driver.allocate(64)
+    handle = driver.export(address)
+    assert len(handle) == 64 and driver.open(handle) == address + 1
+    with pytest.raises(RuntimeError, match="cuMemAlloc_v2 fails with CUDA error 2"):
+        driver.allocate(4096)
+    with pytest.raises(ValueError, match="a handle of 3 bytes"):
+        driver.open(b"abc")

@@ -4,13 +4,18 @@ three descriptors of shared regions. KIND is ``ipc`` or ``host``."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.config.process import RankConfig, local_endpoints
-from sps_runtime.distributed.communicator import Traffic
+from sps_runtime.distributed.communicator import Communicator, Kind, Mailroom, Pending, Traffic
+from sps_runtime.distributed.exchange import TorchSum
 from sps_runtime.distributed.fences import SharedLayerFence
 from sps_runtime.distributed.regions import fence_bytes, link_bytes, map_region
 from sps_runtime.distributed.shared_memory import RING_BYTES, SharedMemoryMailroom
@@ -29,10 +34,57 @@ from test.dist.rank_program import check_collectives, check_exchanges, check_sta
 SIZE, LAYERS = 2, 4
 
 
+class OnDevice:
+    """Carries the host's tensors as tensors of a device."""
+
+    def __init__(self, mailroom: Mailroom, device: torch.device) -> None:
+        self._mailroom, self._device = mailroom, device
+
+    def group(self, members: tuple[int, ...]) -> Crossing:
+        return Crossing(self._mailroom.group(members), self._device)
+
+
+class Crossing(TorchSum):
+    """A communicator of `OnDevice`."""
+
+    def __init__(self, inner: Communicator, device: torch.device) -> None:
+        self._inner, self._device = inner, device
+        self.rank, self.size, self.traffic = inner.rank, inner.size, inner.traffic
+
+    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
+        self.start(send, recv, kind).wait()
+
+    def start(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
+    ) -> Arriving:
+        there = [tensor.to(self._device) for tensor in send]
+        room = [torch.empty_like(tensor, device=self._device) for tensor in recv]
+        if send[self.rank].data_ptr() == recv[self.rank].data_ptr():
+            room[self.rank] = there[self.rank]
+        return Arriving(self._inner.start(there, room, kind, tag), room, recv)
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A `Pending` of `Crossing`."""
+
+    pending: Pending
+    room: Sequence[Tensor]
+    recv: Sequence[Tensor]
+
+    def wait(self) -> float:
+        waited = self.pending.wait()
+        for to, tensor in zip(self.recv, self.room, strict=True):
+            to.copy_(tensor)
+        return waited
+
+
 def main(kind: str, rank: int, links: int, fences: int, counters: int) -> None:
     parallel = ParallelConfig(sp_size=SIZE)
-    engine = EngineConfig("", device="cuda", gpus=(0, 0), device_links=kind, parallel=parallel)
-    config = RankConfig(rank=rank, engine=engine, endpoints=local_endpoints("/nowhere", SIZE))
+    engine = EngineConfig(
+        model_path="", device="cuda", gpus=(0, 0), device_links=kind, parallel=parallel
+    )
+    config = RankConfig(rank=rank, engine=engine, endpoints=local_endpoints(Path("/nowhere"), SIZE))
     device, place, traffic = rank_device(engine, rank), Place.of(rank, parallel), Traffic()
     shape = KVShape(LAYERS, 8, 2, 16, 64, 2)
     memory = map_region(links, link_bytes(SIZE, RING_BYTES))
@@ -44,10 +96,11 @@ def main(kind: str, rank: int, links: int, fences: int, counters: int) -> None:
     place = with_domains(place, engine, sharing.gpu is not None)
     fds = {"device_links": counters}
     mailroom = open_gpu_mailroom(config, place, device, host, traffic, sharing, fds)
+    there = OnDevice(mailroom, device)
+    check_exchanges(there, rank, (0, 1), 40)
+    check_started(there, rank, (0, 1))
+    check_collectives(there, rank, SIZE)
     torch.set_default_device(device)
-    check_exchanges(mailroom, rank, (0, 1), 40)
-    check_started(mailroom, rank, (0, 1))
-    check_collectives(mailroom, rank, SIZE)
     big = [torch.full((40 << 20,), rank + 1, dtype=torch.uint8) for _ in range(SIZE)]
     got = [torch.zeros_like(message) for message in big]
     mailroom.group((0, 1)).exchange(big, got, "control")

@@ -34,13 +34,19 @@ def choose_backend(
 
 
 def choose_device_backend(
-    choice: str, device: torch.device, *, dtype: torch.dtype, head_dim: int
+    choice: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    kv_dtype: str = "auto",
 ) -> AttentionBackend:
     """The backend of a rank on a GPU.
 
     Args:
         choice: ``auto`` or one of `ON_DEVICES`.
         dtype: of queries.
+        kv_dtype: of pages, as `config.cache` has it.
 
     Raises:
         ConfigError: what was asked for cannot be had here.
@@ -48,6 +54,8 @@ def choose_device_backend(
     reasons = []
     for name in ON_DEVICES if choice == "auto" else (choice,):
         try:
+            if name == "flashinfer" and kv_dtype == "int8":
+                raise ConfigError("FlashInfer reads no int8 pages")
             return _device_backend(name, device, dtype, head_dim)
         except (ImportError, ConfigError) as error:
             reasons.append(f"{name}: {error}")

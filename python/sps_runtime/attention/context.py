@@ -46,6 +46,7 @@ class AttentionContext:
         ops: what writes KV, and what the runner gives to placements.
         sparse: None where pages of this shape have no summaries.
         windows: of each layer, where that is known before a layer is run.
+        boards: the host of each SP rank as token boards have it, where `hosts` are GPUs.
     """
 
     mesh: Mesh
@@ -58,6 +59,7 @@ class AttentionContext:
     ops: Operators = TORCH
     sparse: SparseMeans | None = None
     windows: tuple[int | None, ...] = ()
+    boards: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         here = self.hosts[self.mesh.sp_rank]

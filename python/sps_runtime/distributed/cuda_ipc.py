@@ -114,6 +114,8 @@ class SharedGpu:
     ) -> None:
         torch.zeros(1, device=device)  # makes the context current in this thread
         self._device, self._driver, self._sizes = device, driver, sizes
+        self._opened: dict[bytes, Tensor] = {}
+        self._opened_events: dict[bytes, torch.cuda.Event] = {}
         addresses = {name: driver.allocate(size) for name, size in sizes.items()}
         self.memory = {
             name: tensor_at(address, sizes[name], device) for name, address in addresses.items()
@@ -124,14 +126,32 @@ class SharedGpu:
             {name: event.ipc_handle() for name, event in self.events.items()},
         )
 
+    def open_all(self, exported: Exported, names: Sequence[str]) -> None:
+        """Open what another rank exports: its memory, and events by name.
+
+        Raises:
+            RuntimeError: this machine opens none.
+        """
+        for name in exported.memory:
+            self.open_memory(exported, name)
+        for name in names:
+            self.open_event(exported, name)
+
     def open_memory(self, exported: Exported, name: str) -> Tensor:
-        """Another rank's allocation; all ranks' of one name have one size."""
-        address = self._driver.open(exported.memory[name])
-        return tensor_at(address, self._sizes[name], self._device)
+        """Another rank's allocation, opened once; all ranks' of one name have one size."""
+        handle = exported.memory[name]
+        if handle not in self._opened:
+            address = self._driver.open(handle)
+            self._opened[handle] = tensor_at(address, self._sizes[name], self._device)
+        return self._opened[handle]
 
     def open_event(self, exported: Exported, name: str) -> torch.cuda.Event:
-        """Another rank's event."""
-        return torch.cuda.Event.from_ipc_handle(self._device, exported.events[name])
+        """Another rank's event, opened once."""
+        handle = exported.events[name]
+        if handle not in self._opened_events:
+            event = torch.cuda.Event.from_ipc_handle(self._device, handle)
+            self._opened_events[handle] = event
+        return self._opened_events[handle]
 
 
 def tell_all(communicator: Communicator, mine: Exported) -> list[Exported]:
@@ -153,6 +173,12 @@ def _to_all(communicator: Communicator, mine: Tensor, lengths: Sequence[int]) ->
 def event_name(kind: str, peer: int, box: int) -> str:
     """Of a mark that this rank makes for a peer."""
     return f"{kind}.{peer}.{box}"
+
+
+def events_for(rank: int) -> list[str]:
+    """The events of a peer that a rank waits for."""
+    kinds = ("filled", "emptied")
+    return ["fence", *(event_name(kind, rank, box) for kind in kinds for box in range(BOXES))]
 
 
 def box_events(world_size: int, rank: int) -> list[str]:

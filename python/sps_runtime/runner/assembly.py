@@ -187,7 +187,7 @@ def open_gpu_means(
     sharing = share_gpu(config, place, device, shape, room, host.group(tuple(here)))
     if len(here) > 1:
         logger.info("GPUs of this host: %s", sharing.why)
-    place = with_domains(place, engine, sharing.gpu is not None)
+    boards, place = place.hosts, with_domains(place, engine, sharing.gpu is not None)
     mailroom = open_gpu_mailroom(config, place, device, host, traffic, sharing, fds)
     host_fence = open_fence(engine, place, model.num_layers, fds)
     means = None
@@ -206,6 +206,7 @@ def open_gpu_means(
         hosts=place.hosts,
         ops=ops,
         windows=windows,
+        boards=boards,
         sparse=means,
     )
 

@@ -26,6 +26,7 @@ from sps_runtime.distributed.cuda_ipc import (
     SharedGpu,
     SideStream,
     box_events,
+    events_for,
     open_boxes,
     tell_all,
 )
@@ -97,10 +98,26 @@ def share_gpu(
     except (OSError, RuntimeError) as error:
         gpu, mine = None, Exported(error=f"{type(error).__name__}: {error}")
     told = tell_all(host, mine)
-    errors = [exported.error for exported in told if exported.error]
-    if gpu is None or errors:
-        return Sharing(None, nobody, f"through host memory ({errors[0]})")
+    error = next((exported.error for exported in told if exported.error), "")
+    if gpu is not None and not error:
+        error = _open_all(gpu, told, config.rank)
+        # Whoever could not open what it was told says so: all go one way.
+        others = tell_all(host, Exported(error=error))
+        error = next((exported.error for exported in others if exported.error), "")
+    if gpu is None or error:
+        return Sharing(None, nobody, f"through host memory ({error})")
     return Sharing(gpu, tuple(told), "CUDA's interprocess memory")
+
+
+def _open_all(gpu: SharedGpu, told: list[Exported], rank: int) -> str:
+    """Open what the others export; what went wrong, empty where nothing did."""
+    try:
+        for peer, exported in enumerate(told):
+            if peer != rank:
+                gpu.open_all(exported, events_for(rank))
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def with_domains(place: Place, engine: EngineConfig, shared: bool) -> Place:

@@ -300,7 +300,8 @@ class ModelRunner:
         sampled: SampledHere,
         samplers: Sequence[Sequence[int]],
     ) -> None:
-        hosts = [self._means.hosts[rank] for rank in plan.group]
+        of_ranks = self._means.boards or self._means.hosts
+        hosts = [of_ranks[rank] for rank in plan.group]
         publish(plan, sampled, samplers, hosts, links.sp, self._board)
 
     def _judge(self, step: Step, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:

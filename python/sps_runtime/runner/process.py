@@ -153,7 +153,10 @@ def _choose_backend(
     head_dim = model.config.head_dim
     if device.type != "cpu":
         choice = engine.attention_backend
-        return choose_device_backend(choice, device, dtype=dtype, head_dim=head_dim)
+        kv_dtype = engine.cache.kv_dtype
+        return choose_device_backend(
+            choice, device, dtype=dtype, head_dim=head_dim, kv_dtype=kv_dtype
+        )
     page_size, threads = engine.cache.page_size, engine.threads_per_rank
     return choose_backend(ops, page_size=page_size, head_dim=head_dim, threads=threads)
 
