@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(300)
 def test_interpreted_tests_on_the_device() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "test.gpu.on_device"]
+    command = [sys.executable, "-m", "pytest", "-p", "test.gpu.on_device"]
     command += ["-p", "no:cacheprovider", "test/triton/interpreted"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

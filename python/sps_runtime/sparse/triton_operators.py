@@ -136,7 +136,7 @@ class TritonSparseOperators:
 
 def _forced_shares(scored: ScoredBlocks, kv_heads: int) -> Tensor:
     """`estimators.patterns.random_shares` of each block, as `page_shares` has them."""
-    shares = torch.zeros(len(scored.table), kv_heads, scored.width)
+    shares = torch.zeros(len(scored.table), kv_heads, scored.width, device="cpu")
     for of, pages in zip(shares, scored.table[:, 4].tolist(), strict=True):
         of[:, :pages] = random_shares(kv_heads, pages)
     return shares.flatten(0, 1).to(scored.table.device)

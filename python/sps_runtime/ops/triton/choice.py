@@ -89,11 +89,9 @@ def _tables(blocks: Tensor, limits: Limits, page_size: int) -> tuple[Tensor, Ten
     superblock."""
     before = blocks[:, 2] // page_size
     stop = -(-(blocks[:, 2] + blocks[:, 1]) // page_size)
-    numbers, of, each = torch.unique_consecutive(
-        blocks[:, 3], return_inverse=True, return_counts=True
-    )
+    _, of, each = torch.unique_consecutive(blocks[:, 3], return_inverse=True, return_counts=True)
     first = each.cumsum(0) - each
-    tokens = torch.zeros(len(numbers), dtype=torch.int64).index_add_(0, of, blocks[:, 1].long())
+    tokens = torch.zeros_like(each).index_add_(0, of, blocks[:, 1].long())
     wide = before[first]
     fields = (
         blocks[:, 4], before, stop - before, torch.full_like(before, limits.block_pages),

@@ -64,7 +64,8 @@ class RandomPages:
 def random_shares(kv_heads: int, before: int) -> Tensor:
     """What `RandomPages` says of the pages before a block ``[kv_heads, before]``, by their number
     alone."""
-    return torch.rand(kv_heads, before, generator=torch.Generator().manual_seed(before))
+    seeded = torch.Generator().manual_seed(before)
+    return torch.rand(kv_heads, before, generator=seeded, device="cpu")
 
 
 @dataclass(frozen=True)
