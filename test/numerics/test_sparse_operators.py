@@ -15,6 +15,7 @@ from sps_runtime.sparse.estimators.registry import estimator
 from sps_runtime.sparse.kernel_operators import KernelSparseOperators
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
 from sps_runtime.sparse.reference import Block, own_block
+from sps_runtime.sparse.selection import select
 from sps_runtime.sparse.torch_operators import TorchOperators, gather, selection_settings
 from sps_runtime.types.attention import SparseSettings
 
@@ -236,3 +237,39 @@ def test_a_pool_that_cannot_be_read_has_no_slots(operators) -> None:
         case, k=[*case.k, case.k[0][:0]], summaries=replace(case.summaries, pools=pools)
     )
     assert_same(wider.choose(operators, SETTINGS), case.choose(operators, SETTINGS))
+
+
+@DTYPES
+def test_last_rows_alone(operators, dtype: torch.dtype) -> None:
+    """What a generated token reads: nearly what `masses` and `select` come to, and nobody else's
+    rows matter."""
+    torch.manual_seed(5)
+    case = make_case(dtype, 64, superblock=64)
+    blocks, ids = case.queries.blocks.tolist(), case.queries.page_ids
+    rest = torch.ones(len(case.q_THD), dtype=torch.bool)
+    rest[[row + rows - 1 for row, rows, *_ in blocks]] = False
+    case.q_THD[rest] = torch.nan
+    found = operators.choose_for_last_rows(
+        case.q_THD, case.queries, case.k, case.summaries, SETTINGS, case.scale
+    )
+    differing = total = 0
+    for number, (row, rows, position, _, entry, _) in enumerate(blocks):
+        before = position // PAGE
+        q_HD = case.q_THD[row + rows - 1]
+        mass = TorchOperators().masses(
+            q_HD, ids[entry : entry + before], case.k, case.summaries, SETTINGS, case.scale
+        )
+        own = ids[entry + before : entry + -(-(position + rows) // PAGE)]
+        keys = gather(case.k, SLOTS, own).float().transpose(0, 1).flatten(1, 2)[:, :rows]
+        group = q_HD.float().unflatten(0, (HEADS, -1)) * case.scale
+        lse = (group @ keys.transpose(1, 2)).logsumexp(-1).flatten()
+        share = (mass - torch.logaddexp(lse, mass.logsumexp(-1))[:, None]).exp()
+        setting = selection_settings(SETTINGS, position, PAGE, 1)
+        kept = select(share.unflatten(0, (HEADS, -1)).norm(dim=1), 64 // PAGE, setting)
+        for head in range(HEADS):
+            begin, count = found.items[number * HEADS + head, 3:5].tolist()
+            got = set(found.page_ids[begin : begin + count].tolist())
+            want = {*ids[entry : entry + before][kept[head]].tolist(), *own.tolist()}
+            assert len(got) == len(want)
+            differing, total = differing + len(got ^ want), total + len(want)
+    assert differing <= 0.1 * total, (differing, total)

@@ -60,18 +60,44 @@ class KernelSparseOperators:
             before = (queries.blocks[:, 2] // page).tolist()
             shares = torch.cat([random_shares(heads, pages).flatten() for pages in before])
         else:
-            shares = self._kernels.page_shares(
-                q_THD,
-                queries.blocks,
-                queries.page_ids,
-                summaries.pools,
-                k_pools,
-                slots=summaries.slots_per_rank,
-                rows=scored_rows(queries, settings),
-                block=block,
-                scale=scale,
-                threads=self._threads,
-            )
+            where = (q_THD, queries, k_pools, summaries, scale)
+            shares = self._shares(*where, rows=scored_rows(queries, settings), block=block)
+        return self._chosen(shares, queries, page, heads, settings, settings.superblock > 0)
+
+    def _shares(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        scale: float,
+        *,
+        rows: npt.NDArray[np.int64],
+        block: int,
+    ) -> Tensor:
+        found: Tensor = self._kernels.page_shares(
+            q_THD,
+            queries.blocks,
+            queries.page_ids,
+            summaries.pools,
+            k_pools,
+            slots=summaries.slots_per_rank,
+            rows=rows,
+            block=block,
+            scale=scale,
+            threads=self._threads,
+        )
+        return found
+
+    def _chosen(
+        self,
+        shares: Tensor,
+        queries: QueryBlocks,
+        page: int,
+        heads: int,
+        settings: SparseSettings,
+        superblocks: bool,
+    ) -> Chosen:
         made = self._kernels.choose_pages(
             shares,
             queries.blocks,
@@ -83,8 +109,8 @@ class KernelSparseOperators:
             minimum=minimum_pages(settings),
             sink=settings.sink,
             window=settings.window,
-            block=block,
-            superblocks=settings.superblock > 0,
+            block=max(settings.block, page),
+            superblocks=superblocks,
             threads=self._threads,
         )
         read = len(made.page_ids)
@@ -97,6 +123,27 @@ class KernelSparseOperators:
             read_pairs=read,
             causal_pairs=read + len(made.dropped_ids),
         )
+
+    def choose_for_last_rows(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Chosen | None:
+        if settings.estimator != BLOCK or not _fits(summaries.head_dim):
+            return None
+        rows = np.ones(len(queries.blocks), np.int64)
+        where = (q_THD, queries, k_pools, summaries, scale)
+        shares = self._shares(*where, rows=rows, block=0)
+        # Superblocks of one token read everything; these are tokens of which only one is known.
+        blocks = queries.blocks.clone()
+        blocks[:, 1].clamp_(min=2)
+        heads = next(k.shape[1] for k in k_pools if len(k))
+        known = QueryBlocks(blocks, queries.page_ids, queries.superblocks)
+        return self._chosen(shares, known, summaries.page_size, heads, settings, False)
 
     def masses(
         self,

@@ -102,6 +102,19 @@ class SparseOperators(Protocol):
         (``k_pools``) exactly; shares, superblock, budget, tau as in `sparse.selection`."""
         ...
 
+    def choose_for_last_rows(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Chosen | None:
+        """What each block's last row would choose alone, the other rows of `q_THD` being anything:
+        no superblocks. None where nothing does it sooner than `masses`."""
+        ...
+
     def masses(
         self,
         q_HD: Tensor,

@@ -82,6 +82,17 @@ class TorchOperators:
                 chosen.add(each, kept, ids)
         return chosen.done()
 
+    def choose_for_last_rows(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Chosen | None:
+        return None
+
     def masses(
         self,
         q_HD: Tensor,

@@ -81,6 +81,17 @@ class TritonSparseOperators:
             causal_pairs=len(made.page_ids) + len(made.dropped_ids),
         )
 
+    def choose_for_last_rows(
+        self,
+        q_THD: Tensor,
+        queries: QueryBlocks,
+        k_pools: Sequence[Tensor],
+        summaries: SummaryPool,
+        settings: SparseSettings,
+        scale: float,
+    ) -> Chosen | None:
+        return None
+
     def masses(
         self,
         q_HD: Tensor,

@@ -121,7 +121,7 @@ struct Multipliers {
       const float x = steps[c] / largest[c] * kLargestStep;
       once[c] = x > 0.0f && x < 256.0f ? static_cast<uint8_t>(x + 0.5f) : 0;
     }
-    for (int c = 0; c < 64; ++c) once[d + c] = once[c % d];
+    for (int c = 0; c < 64; ++c) once[d + c] = once[c];  // what repeats, repeats itself
     for (int c = 0; c < d + 64; ++c) twice[c] = static_cast<uint8_t>(2 * once[c]);
   }
 };

@@ -106,7 +106,7 @@ def page_shares(
     rows : int, or [n] of numpy
         Rows of a whole block that are scored, evenly spaced, the last among them; 0 for all.
     block : int
-        Tokens of a whole block. All rows of a shorter one are scored.
+        Tokens of a whole block. All rows of a shorter one are scored; with 0, of none.
 
     Returns float32, for each block ``[Hkv, pages before it]``, one after another.
 
@@ -119,9 +119,10 @@ def page_shares(
     index = np.asarray(blocks)
     page = next(int(k.shape[2]) for k in k_pools if len(k))
     out = empty_float32(q, (int((index[:, 2] // page).sum()) * heads,))
-    if np.min(rows, initial=0) < 0 or block < 1:
-        raise ValueError("rows must not be negative, block must be positive")
-    some = (index[:, 1] == block) & (np.asarray(rows) > 0) & (index[:, 1] > rows)
+    if np.min(rows, initial=0) < 0 or block < 0:
+        raise ValueError("rows and block must not be negative")
+    whole = (index[:, 1] == block) | (block == 0)
+    some = whole & (np.asarray(rows) > 0) & (index[:, 1] > rows)
     scored = np.where(some, rows, index[:, 1]).astype(np.int32)
     _core.page_shares(q, blocks, page_ids, summaries, k_pools, slots, out, scored, scale, threads)
     return out

@@ -6,6 +6,9 @@ masses, then the shares of pages are told to all (4 bytes a page and KV head), s
 make the same choice (`sparse.selection.select`), and each attends to what it owns of it. KV never
 moves, as in exact decode. Committed pages on a rank outside of the group are dealt to members.
 
+Where every page's summary can be read in place and a kernel scores it (one host), each rank scores
+all of them, which is sooner than telling: shares are the same bit by bit on every rank.
+
 A token at a superblock's first position is left to exact attention (`shard_layout`).
 """
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, Partial, QueryRun
 from sps_runtime.attention.sequence_parallel.decode_exchange import bring_home, gather_queries
+from sps_runtime.attention.sequence_parallel.last_rows import LastRows
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
 from sps_runtime.ops.merge_state import merge_state
@@ -54,6 +58,18 @@ class SparseDecode:
         )
         slots = layout.pages.ids[last[full]] % context.store.shape.slots
         self._filled = torch.from_numpy(slots)
+        self._shared = LastRows(step, settings) if step.readable().all() else None
+        inside = np.zeros(len(layout.pages.ids), dtype=np.bool_)
+        for begin, stop in zip(self._first + self._before, layout.pages.first[1:], strict=True):
+            inside[begin:stop] = True
+        self._waits = step.neighbours(inside) if self._shared is not None else ()
+        at = np.arange(len(self._first))
+        fields = (at, np.ones_like(at), layout.starts, at, self._first, layout.lengths)
+        table = torch.from_numpy(np.stack(fields, axis=1).astype(np.int32))
+        ends = self._first + self._before
+        spans = [np.arange(*span) for span in zip(self._first, ends, strict=True)]
+        self._all: Ints = np.concatenate(spans)
+        self._tokens = QueryBlocks(table, torch.tensor(layout.pages.ids), len(at))
 
     def counters(self) -> tuple[SparseCounters, ...]:
         """Nothing: what a prompt's attention did is told, not what single tokens do."""
@@ -86,8 +102,8 @@ class SparseDecode:
             return bring_home(
                 self._step, backend.partial(q, runs, pool, scale=scale, window=window), q_THD
             )
-        kept = self._choose(layer, q, kv_heads, scale)
-        return bring_home(self._step, self._attend(layer, q, kept, scale), q_THD)
+        chosen = self._choose(layer, q, kv_heads, scale)
+        return bring_home(self._step, self._attend(layer, q, chosen, scale), q_THD)
 
     def __call__(
         self,
@@ -100,11 +116,31 @@ class SparseDecode:
         window: int | None = None,
     ) -> Tensor:
         self.write(layer, k_TKD, v_TKD)
+        self.publish(layer)
         return self.attend(layer, q_THD, k_TKD.shape[1], scale=scale, window=window)
 
     # ------------------------------------------------------------------------------- the choice
 
-    def _choose(self, layer: int, q_THD: Tensor, kv_heads: int, scale: float) -> list[Tensor]:
+    def _choose(self, layer: int, q_THD: Tensor, kv_heads: int, scale: float) -> Chosen:
+        """What this rank reads of the choice that all make."""
+        context = self._step.context
+        pool, summaries = context.pages(layer), context.summaries(layer)
+        if self._shared is not None:
+            self._step.wait(layer, self._waits)
+            known = self._operators.choose_for_last_rows(
+                self._shared.of(q_THD),
+                self._shared.queries,
+                pool.k,
+                summaries,
+                self._settings,
+                scale,
+            )
+            if known is not None:
+                return self._shared.part(known)
+            self._shared = None
+        return self._lists(self._told(layer, q_THD, kv_heads, scale))
+
+    def _told(self, layer: int, q_THD: Tensor, kv_heads: int, scale: float) -> list[Tensor]:
         """bool ``[kv_heads, pages before the block]`` for each sequence: the same on every rank."""
         context = self._step.context
         pool, summaries = context.pages(layer), context.summaries(layer)
@@ -157,38 +193,20 @@ class SparseDecode:
 
     # ---------------------------------------------------------------------------- what is chosen
 
-    def _attend(self, layer: int, q_THD: Tensor, kept: Sequence[Tensor], scale: float) -> Partial:
+    def _attend(self, layer: int, q_THD: Tensor, chosen: Chosen, scale: float) -> Partial:
         """This rank's part of what was chosen, and of what stands for the rest."""
-        context, table = self._step.context, self._step.layout.pages
-        ids, positions = torch.tensor(table.ids), torch.from_numpy(table.positions)
-        items, entries, dropped, gone = self._lists(kept)
-        lists = PageLists(items, ids[entries], positions[entries], complete=True)
+        context = self._step.context
+        lists = PageLists(chosen.items, chosen.page_ids, chosen.page_positions, complete=True)
         partial = context.backend.partial_lists(q_THD, lists, context.pages(layer), scale=scale)
-        self._count(entries)
-        if self._settings.tail == "none" or not len(gone):
+        self._count(chosen.page_ids)
+        if self._settings.tail == "none" or not len(chosen.dropped_ids):
             return partial
-        chosen = Chosen(items, lists.page_ids, lists.page_positions, dropped, ids[gone], 0, 0)
-        blocks = torch.from_numpy(
-            np.stack(
-                (
-                    np.arange(len(kept)),
-                    np.ones_like(self._first),
-                    self._step.layout.starts,
-                    np.arange(len(kept)),
-                    self._first,
-                    self._step.layout.lengths,
-                ),
-                axis=1,
-            ).astype(np.int32)
-        )
-        queries = QueryBlocks(blocks, ids, len(kept))
         summaries = context.summaries(layer)
-        o, lse = self._operators.tail(q_THD, queries, chosen, summaries, scale)
+        o, lse = self._operators.tail(q_THD, self._tokens, chosen, summaries, scale)
         return Partial(*merge_state(partial.o, partial.lse, o, lse))
 
-    def _lists(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Items over this rank's pages, their entries as places in the layout's table, and the same
-        for dropped pages."""
+    def _lists(self, kept: Sequence[Tensor]) -> Chosen:
+        """Items over this rank's pages, those chosen and those dropped."""
         layout = self._step.layout
         items, dropped = [], []
         entries: list[Ints] = []
@@ -204,23 +222,34 @@ class SparseDecode:
                 entries.append(at)
                 gone.append(out)
                 read, lost = read + len(at), lost + len(out)
-        return (
+        pages, reads = layout.pages, np.concatenate(entries)
+        return Chosen(
             torch.tensor(items, dtype=torch.int32).reshape(-1, 8),
-            torch.from_numpy(np.concatenate(entries)),
+            torch.tensor(pages.ids[reads]),
+            torch.tensor(pages.positions[reads]),
             torch.tensor(dropped, dtype=torch.int32).reshape(-1, 2),
-            torch.from_numpy(np.concatenate(gone)),
+            torch.tensor(pages.ids[np.concatenate(gone)]),
+            read_pairs=read,
+            causal_pairs=read + lost,
         )
 
-    def _count(self, entries: Tensor) -> None:
+    def _count(self, ids: Tensor) -> None:
         """Bytes read in place outside of the group: pages of a KV head, and all summaries."""
         step, shape = self._step, self._step.context.store.shape
         remote = step.layout.pages.owners != step.context.mesh.sp_rank
-        read = int(remote[entries.numpy()].sum())
-        judged = sum(int(remote[places].sum()) for places in self._mine) * shape.kv_heads
+        read = int((ids.numpy() // shape.slots != step.context.mesh.sp_rank).sum())
+        judged = int(remote[self._judged].sum()) * shape.kv_heads
         page = shape.token_bytes * shape.page_size // shape.kv_heads
         step.context.traffic.attention_bytes += read * page + judged * self._summaries.nbytes
 
     # -------------------------------------------------------------------------------- whose pages
+
+    @property
+    def _judged(self) -> Ints:
+        """Places in the layout's table of the pages that this rank judges."""
+        if self._shared is None:
+            return np.concatenate(self._mine)
+        return self._all
 
     def _places(self, t: int, member: int) -> Ints:
         """Places in the layout's table of a member's pages before a sequence's block."""
