@@ -86,7 +86,7 @@ def share_gpu(
     """
     engine, world = config.engine, place.mesh.world_size
     nobody: tuple[Exported | None, ...] = (None,) * world
-    if host.size == 1 or engine.device_links in ("host", "nccl"):
+    if host.size == 1 or engine.parallel.nnodes > 1 or engine.device_links in ("host", "nccl"):
         return Sharing(None, nobody, "not shared")
     sizes = {"kv": shape.nbytes, "boxes": 2 * world * BOX_BYTES}
     if room is not None:
@@ -98,14 +98,14 @@ def share_gpu(
     except (OSError, RuntimeError) as error:
         gpu, mine = None, Exported(error=f"{type(error).__name__}: {error}")
     told = tell_all(host, mine)
-    error = next((exported.error for exported in told if exported.error), "")
-    if gpu is not None and not error:
-        error = _open_all(gpu, told, config.rank)
+    failure = next((exported.error for exported in told if exported.error), "")
+    if gpu is not None and not failure:
+        failure = _open_all(gpu, told, config.rank)
         # Whoever could not open what it was told says so: all go one way.
-        others = tell_all(host, Exported(error=error))
-        error = next((exported.error for exported in others if exported.error), "")
-    if gpu is None or error:
-        return Sharing(None, nobody, f"through host memory ({error})")
+        others = tell_all(host, Exported(error=failure))
+        failure = next((exported.error for exported in others if exported.error), "")
+    if gpu is None or failure:
+        return Sharing(None, nobody, f"through host memory ({failure})")
     return Sharing(gpu, tuple(told), "CUDA's interprocess memory")
 
 
