@@ -1,7 +1,7 @@
 """Triton's interpreter, mended where it does not do what GPUs do.
 
 It truncates float32 to bfloat16 where devices round to nearest even, and multiplies the bits of
-bfloat16 matrices as if they were integers (triton 3.6 to 3.7).
+bfloat16 matrices as if they were integers (triton 3.7.1).
 """
 
 from __future__ import annotations

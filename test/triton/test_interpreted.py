@@ -15,7 +15,7 @@ HERE = "test/triton/interpreted"
 
 @pytest.mark.timeout(900)
 def test_kernels_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=600", HERE]
     done = subprocess.run(
         command,
