@@ -33,8 +33,9 @@ SECONDS = {
     "block_csa": (0.25, 0.0031),
 }
 """About what a layer computes, for each 1,024 tokens and their square; for the same purpose."""
-SHORT_S = 24.0
-"""A run of several layers is about no longer than this: a pair fits into a minute."""
+SHORT_S, TWO_S = 24.0, 58.0
+"""A run of several layers is about no longer than this, so that a pair fits into a minute; one of
+two layers than that: with one, nothing of a layer hides behind the next."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Cell:
         """Of a run; one is enough where nothing flies from one to the next. The same with and
         without the pipeline."""
         layers = 1 if self.strategy == "tp" else LAYERS
-        while layers > 1 and layers * self.layer_s() > SHORT_S:
+        while layers > 1 and layers * self.layer_s() > (SHORT_S if layers > 2 else TWO_S):
             layers //= 2
         return layers
 
