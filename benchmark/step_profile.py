@@ -1,7 +1,8 @@
 """Where does a step's time go? The server's own timeline, summed by part.
 
 A span's own time is its duration without the spans inside it; what no span names is Python between
-calls. The medians are over the decode steps of one request, or the prefill steps of its prompt.
+calls. Replayed decode steps show their kernels' calls, products with their shape. The medians are
+over the decode steps of one request, or the prefill steps of its prompt.
 
     python benchmark/step_profile.py --model DIR [--tokens 512] [--answer 64] [--sp 2] [--json FILE]
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -103,6 +104,24 @@ def test_outputs_follow_inputs_exactly() -> None:
         x.normal_()
         program.run()
         assert torch.equal(y, sk.silu_mul(sk.small_gemm(x, w), sk.small_gemm(x, w)))
+
+
+def test_a_profiled_replay_computes_the_same_and_times_each_call() -> None:
+    x, w = torch.randn(2, 8), torch.randn(16, 8)
+    program = Program()
+    with program.recording():
+        y = sk.silu_mul(sk.small_gemm(x, w), sk.small_gemm(x, w))
+    assert program.names == ["small_gemm", "small_gemm", "silu_mul"]
+    x.normal_()
+    clock = torch.zeros(4, dtype=torch.int64)
+    before = time.monotonic_ns()
+    program.run(clock)
+    times = [before, *clock.tolist(), time.monotonic_ns()]
+    assert times == sorted(times)
+    assert torch.equal(y, sk.silu_mul(sk.small_gemm(x, w), sk.small_gemm(x, w)))
+    for wrong in (torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="clock_ns"):
+            program.run(wrong)
 
 
 def test_arrays_that_only_the_program_knows_stay_alive() -> None:

@@ -13,6 +13,7 @@ from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
 from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.ops.recording import Recording
 from sps_runtime.runner.step_graph import StepGraphs
+from sps_runtime.telemetry.timeline import NoTimeline
 
 PAGES = 120
 kernels = pytest.mark.skipif(choose_ops().kernels is None, reason="replays need the kernels")
@@ -86,6 +87,30 @@ def test_bits_and_bytes(kind: str, sp: int, tp: int, decode: str, dtype: str) ->
     for mine, theirs in zip(replayed.results, computed.results, strict=True):
         for a, b in zip(by_rank(mine), by_rank(theirs), strict=True):
             assert counts(a.counters) == counts(b.counters)
+
+
+class Spans(NoTimeline):
+    """A timeline that keeps what was timed elsewhere."""
+
+    on = True
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, int, int]] = []
+
+    def add(self, name: str, category: str, began_ns: int, ended_ns: int) -> None:
+        self.found.append((name, began_ns, ended_ns))
+
+
+def test_a_timeline_sees_the_calls_of_a_replay() -> None:
+    _, (graph,) = run_once("llama", 1, 1, "float32", True, "sharded")
+    recording = next(iter(graph._shapes.values())).recording
+    assert isinstance(recording, Recording)
+    expected = recording.replay().clone()
+    graph._timeline = spans = Spans()
+    assert torch.equal(graph._replayed(recording), expected)
+    assert len(spans.found) == len(recording) and "attention" in {name for name, *_ in spans.found}
+    edges = [at for _, began, ended in spans.found for at in (began, ended)]
+    assert edges == sorted(edges)
 
 
 def by_rank(results: list) -> list:

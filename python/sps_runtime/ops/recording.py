@@ -156,14 +156,25 @@ class Recording:
     def __len__(self) -> int:
         return len(self._program)
 
-    def replay(self) -> Tensor:
+    @property
+    def names(self) -> list[str]:
+        """What each call computes."""
+        return list(self._program.names)
+
+    def replay(self, clock_ns: Tensor | None = None) -> Tensor:
         """Run it natively, with the GIL released.
+
+        Args:
+            clock_ns: int64 ``[len + 1]`` for the monotonic clock before, between and after calls.
 
         Raises:
             ConnectionError: from an exchange, as when it was recorded.
             ValueError: an index among the inputs is out of its bounds.
         """
-        self._program.run()
+        if clock_ns is None:
+            self._program.run()
+        else:
+            self._program.run(clock_ns)
         return self.result
 
 

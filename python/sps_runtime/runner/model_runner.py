@@ -133,7 +133,7 @@ class ModelRunner:
         self._pipeline = pipeline
         self._grammars = grammars or GrammarMasks()
         self._done = Fence(means.device)
-        self._graphs = StepGraphs(means, self._decode, recorder)
+        self._graphs = StepGraphs(means, self._decode, recorder, self._timeline)
 
     def record(self, on: bool) -> None:
         """Go on with the timeline, or pause it."""

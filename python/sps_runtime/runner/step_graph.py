@@ -12,7 +12,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
@@ -28,7 +30,8 @@ from sps_runtime.attention.sequence_parallel.decode import (
 from sps_runtime.distributed.communicator import Traffic
 from sps_runtime.layers.placement import GroupLinks
 from sps_runtime.layers.step import StepContext
-from sps_runtime.ops.recording import Replayable, StepRecorder
+from sps_runtime.ops.recording import Recording, Replayable, StepRecorder
+from sps_runtime.telemetry.timeline import NoTimeline, Timeline
 from sps_runtime.types.plan import Placement, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class StepGraphs:
         means: the rank's.
         compute: the model.
         recorder: None computes every step through the model's code.
+        timeline: where a replay's calls go as spans.
         max_rows: steps of more rows are left to others.
         limit: shapes that are kept, the least recently used goes first.
     """
@@ -79,6 +83,7 @@ class StepGraphs:
         means: AttentionContext,
         compute: Compute,
         recorder: StepRecorder | None,
+        timeline: Timeline | None = None,
         *,
         max_rows: int = 64,
         limit: int = 64,
@@ -86,6 +91,7 @@ class StepGraphs:
         self._means = means
         self._compute = compute
         self._recorder = recorder
+        self._timeline: Timeline = timeline or NoTimeline()
         self._max_rows = max_rows
         self._limit = limit
         self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
@@ -172,11 +178,21 @@ class StepGraphs:
         return logits_RV
 
     def _replay(self, shape: _Shape, recording: Replayable) -> Tensor:
-        logits_RV = recording.replay()
+        logits_RV = self._replayed(recording)
         traffic = self._means.traffic
         traffic.attention_bytes += shape.attention_bytes
         traffic.linear_bytes += shape.linear_bytes
         traffic.physical_bytes += shape.physical_bytes
+        return logits_RV
+
+    def _replayed(self, recording: Replayable) -> Tensor:
+        if not self._timeline.on or not isinstance(recording, Recording):
+            return recording.replay()
+        clock_ns = torch.zeros(len(recording) + 1, dtype=torch.int64)
+        logits_RV = recording.replay(clock_ns)
+        calls = zip(recording.names, pairwise(clock_ns.tolist()), strict=True)
+        for name, (began_ns, ended_ns) in calls:
+            self._timeline.add(name, "kernel", began_ns, ended_ns)
         return logits_RV
 
 

@@ -46,6 +46,10 @@ class Timeline(Protocol):
         """Go on, or pause and write what was gathered."""
         ...
 
+    def add(self, name: str, category: str, began_ns: int, ended_ns: int) -> None:
+        """A span that was timed elsewhere, by CLOCK_MONOTONIC, inside of those that are open."""
+        ...
+
     def flush(self) -> None:
         """Write what was gathered."""
         ...
@@ -60,6 +64,9 @@ class NoTimeline:
         return nullcontext()
 
     def record(self, on: bool) -> None:
+        return
+
+    def add(self, name: str, category: str, began_ns: int, ended_ns: int) -> None:
         return
 
     def flush(self) -> None:
@@ -99,16 +106,12 @@ class TraceFile:
         try:
             yield
         finally:
-            event = {
-                "ph": "X",
-                "name": name,
-                "cat": category,
-                "pid": self._number,
-                "tid": self._thread(),
-                "ts": began / 1e3,
-                "dur": (time.monotonic_ns() - began) / 1e3,
-            }
+            event = self._event(name, category, began, time.monotonic_ns())
             self._add({**event, "args": details} if details else event)
+
+    def add(self, name: str, category: str, began_ns: int, ended_ns: int) -> None:
+        if not self._paused:
+            self._add(self._event(name, category, began_ns, ended_ns))
 
     def record(self, on: bool) -> None:
         self._paused = not on
@@ -124,6 +127,17 @@ class TraceFile:
         """Write the rest and close."""
         self.flush()
         os.close(self._fd)
+
+    def _event(self, name: str, category: str, began_ns: int, ended_ns: int) -> dict[str, Any]:
+        return {
+            "ph": "X",
+            "name": name,
+            "cat": category,
+            "pid": self._number,
+            "tid": self._thread(),
+            "ts": began_ns / 1e3,
+            "dur": (ended_ns - began_ns) / 1e3,
+        }
 
     def _thread(self) -> int:
         """A row of its own for each name that threads have: those of every step have the same."""

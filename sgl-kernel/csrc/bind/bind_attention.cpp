@@ -131,7 +131,7 @@ void attention(nb::handle q_, nb::handle kv_, nb::handle items_, nb::handle ids_
   p.causal = causal;
   p.window = window;
   p.accumulate = accumulate;
-  submit({q_, kv_, items_, ids_, pos_, out_, lse_},
+  submit("attention", {q_, kv_, items_, ids_, pos_, out_, lse_},
          [p, items = items.as<AttentionItem>(), n_items = items.shape[0], tokens = q.shape[0],
           n_pages = ids.shape[0], pools = kv.count(),
           threads] { paged_attention(p, items, n_items, tokens, n_pages, pools, threads); });

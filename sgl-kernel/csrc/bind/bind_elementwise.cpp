@@ -52,7 +52,7 @@ void py_rms_norm(nb::handle x_, nb::handle weight_, double eps, nb::handle resid
     same_shape(residual, x);
     p.residual = rows_of(residual);
   }
-  submit({x_, weight_, residual_, out_}, [p, threads] { rms_norm(p, threads); });
+  submit("rms_norm", {x_, weight_, residual_, out_}, [p, threads] { rms_norm(p, threads); });
 }
 
 void py_silu_mul(nb::handle gate_, nb::handle up_, nb::handle out_, int threads) {
@@ -64,7 +64,7 @@ void py_silu_mul(nb::handle gate_, nb::handle up_, nb::handle out_, int threads)
   const SiluMulParams p{gate.data,           up.data,           out.data,
                         gate.byte_stride(0), up.byte_stride(0), out.byte_stride(0),
                         gate.shape[0],       gate.shape[1],     gate.dtype == DType::kBf16};
-  submit({gate_, up_, out_}, [p, threads] { silu_mul(p, threads); });
+  submit("silu_mul", {gate_, up_, out_}, [p, threads] { silu_mul(p, threads); });
 }
 
 // Index values change from run to run of a recorded call, so they are checked in each.
@@ -115,7 +115,7 @@ void py_rope(nb::handle q_, nb::handle k_, nb::handle positions_, nb::handle cos
   fill_rope(p, q, k, positions, cos_sin);
   check_threads(threads);
   const IndexCheck rows("positions", positions, p.tokens, 0, cos_sin.shape[0]);
-  submit({q_, k_, positions_, cos_sin_}, [=] {
+  submit("rope", {q_, k_, positions_, cos_sin_}, [=] {
     rows();
     rope_kv_write(p, threads);
   });
@@ -157,10 +157,11 @@ void py_rope_kv_write(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle po
   p.k_token = k_pool.byte_stride(2), p.v_token = v_pool.byte_stride(2);
   p.slots = slots.as<int32_t>();
   p.offsets = offsets.as<int32_t>();
-  submit({q_, k_, v_, positions_, cos_sin_, k_pool_, v_pool_, slots_, offsets_}, [=] {
-    rows(), pages(), places();
-    rope_kv_write(p, threads);
-  });
+  submit("rope_kv_write",
+         {q_, k_, v_, positions_, cos_sin_, k_pool_, v_pool_, slots_, offsets_}, [=] {
+           rows(), pages(), places();
+           rope_kv_write(p, threads);
+         });
 }
 
 }  // namespace

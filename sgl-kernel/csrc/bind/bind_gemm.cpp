@@ -30,7 +30,7 @@ void gemm(nb::handle x_, nb::handle w_, nb::handle bias_, nb::handle y_, int thr
     p.bias = bias.data;
     p.bias_bf16 = bias.dtype == DType::kBf16;
   }
-  submit({x_, w_, bias_, y_}, [p, threads] { small_gemm(p, threads); });
+  submit("small_gemm", {x_, w_, bias_, y_}, [p, threads] { small_gemm(p, threads); });
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ void exchange(nb::handle self, nb::sequence members, nb::sequence send, nb::sequ
     add(e, peer, from, to);
   }
   std::vector<nb::handle> keep(objects.begin(), objects.end());
-  submit(keep, std::move(e));
+  submit("exchange", keep, std::move(e));
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ void merge(nb::sequence os, nb::sequence lses, nb::handle out_, nb::handle lse_o
   check_threads(threads);
   MergeParams p{nullptr,      static_cast<int>(n),           view(out, lse_out, out),
                 out.shape[0], static_cast<int>(out.shape[1]), static_cast<int>(out.shape[2])};
-  submit(objects, [p, parts, threads]() mutable {
+  submit("merge", objects, [p, parts, threads]() mutable {
     p.parts = parts.data();
     merge_states(p, threads);
   });

@@ -32,14 +32,14 @@ CopyParams copy_params(const Tensor& src, const Tensor& out) {
 
 void py_copy(nb::handle src_, nb::handle out_) {
   const CopyParams p = copy_params(Tensor(src_, "src"), Tensor(out_, "out", true));
-  submit({src_, out_}, [p] { copy(p); });
+  submit("copy", {src_, out_}, [p] { copy(p); });
 }
 
 void py_add(nb::handle src_, nb::handle out_) {
   const Tensor src(src_, "src"), out(out_, "out", true);
   out.need_dtype(src.dtype);
   const CopyParams p = copy_params(src, out);
-  submit({src_, out_}, [p] { add(p); });
+  submit("add", {src_, out_}, [p] { add(p); });
 }
 
 bool wide_integers(const Tensor& t) {
@@ -62,7 +62,7 @@ void py_look_up(nb::handle ids_, nb::handle table_, nb::handle out_) {
                        out.data,
                        out.byte_stride(0),
                        ids.shape[0]};
-  submit({ids_, table_, out_}, [p] { look_up(p); });
+  submit("look_up", {ids_, table_, out_}, [p] { look_up(p); });
 }
 
 void py_sum_parts(nb::handle parts_, nb::handle out_) {
@@ -73,7 +73,7 @@ void py_sum_parts(nb::handle parts_, nb::handle out_) {
   if (out.size() * parts.shape[0] != parts.size()) value_error("out: needs the size of a part");
   const SumParams p{parts.data,     out.size() * out.item_bytes(), parts.shape[0],
                     out.size(),     out.data,                      parts.dtype == DType::kBf16};
-  submit({parts_, out_}, [p] { sum_parts(p); });
+  submit("sum_parts", {parts_, out_}, [p] { sum_parts(p); });
 }
 
 void py_rope_angles(nb::handle positions_, nb::handle frequencies_, double scale,
@@ -93,7 +93,7 @@ void py_rope_angles(nb::handle positions_, nb::handle frequencies_, double scale
                       out.stride[0],
                       positions.shape[0],
                       frequencies.shape[0]};
-  submit({positions_, frequencies_, out_}, [p] { rope_angles(p); });
+  submit("rope_angles", {positions_, frequencies_, out_}, [p] { rope_angles(p); });
 }
 
 }  // namespace

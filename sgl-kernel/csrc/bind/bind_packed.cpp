@@ -175,7 +175,9 @@ void linear(nb::handle x_, nb::handle packed_, int64_t n, int64_t k, const char*
     p.bias = bias.data;
     p.bias_bf16 = bias.dtype == DType::kBf16;
   }
-  submit({x_, packed_, bias_, out_}, [p, threads] { packed_linear(p, threads); });
+  const std::string shape = std::to_string(width) + "x" + std::to_string(x.shape[1]);
+  submit(recording() == nullptr ? "linear" : "linear " + shape, {x_, packed_, bias_, out_},
+         [p, threads] { packed_linear(p, threads); });
 }
 
 uint32_t checksum(nb::handle buffer_, int threads) {

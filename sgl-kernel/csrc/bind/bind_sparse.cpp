@@ -157,7 +157,7 @@ void summarise(nb::handle k_, nb::handle v_, nb::handle slots_, nb::handle out_,
   p.out_head_stride = out.byte_stride(1);
   for (int64_t i = 0; i < slots.shape[0]; ++i)
     if (p.slots[i] < 0 || p.slots[i] >= k.shape[0]) value_error("slots: outside the pool");
-  submit({k_, v_, slots_, out_},
+  submit("summarise_pages", {k_, v_, slots_, out_},
          [p, count = slots.shape[0], threads] { summarise_pages(p, count, threads); });
 }
 
@@ -216,7 +216,7 @@ void shares(nb::handle q_, nb::handle blocks_, nb::handle ids_, nb::sequence sum
                 {some.byte_stride(0), some.byte_stride(1), some.byte_stride(2)},
                 ids.as<int32_t>(),
                 static_cast<float>(scale)};
-  submit({q_, blocks_, ids_, s.arrays.objects, k.objects, out_, rows_},
+  submit("page_shares", {q_, blocks_, ids_, s.arrays.objects, k.objects, out_, rows_},
          [p, all, count, begin, threads, scored = rows.as<int32_t>(), to = out.as<float>(),
           summaries = s.arrays.pointers, keys = k.pointers]() mutable {
            p.summaries.pools = summaries.data();
@@ -269,7 +269,7 @@ void select(nb::handle shares_, nb::handle blocks_, nb::handle ids_, int64_t pag
                  dropped.as<int32_t>(),
                  dropped_ids.as<int32_t>(),
                  totals.as<int64_t>()};
-  submit({shares_, blocks_, ids_, out}, [p, begin, threads]() mutable {
+  submit("select_pages", {shares_, blocks_, ids_, out}, [p, begin, threads]() mutable {
     p.share_begin = begin->data();
     select_pages(p, threads);
   });
@@ -320,7 +320,7 @@ void tail(nb::handle q_, nb::handle blocks_, nb::handle dropped_, nb::handle dro
                lse.stride[1],
                static_cast<float>(scale),
                accumulate};
-  submit({q_, blocks_, dropped_, dropped_ids_, s.arrays.objects, out_, lse_},
+  submit("tail_attention", {q_, blocks_, dropped_, dropped_ids_, s.arrays.objects, out_, lse_},
          [p, threads, summaries = s.arrays.pointers]() mutable {
            p.summaries.pools = summaries.data();
            tail_attention(p, threads);

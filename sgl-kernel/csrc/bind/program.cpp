@@ -1,6 +1,10 @@
 #include "bind/program.h"
 
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 
 #include "bind/module.h"
@@ -9,6 +13,11 @@ namespace sps::bind {
 namespace {
 
 thread_local Program* current = nullptr;
+
+int64_t now_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
 
 [[noreturn]] void runtime_error(const std::string& message) { throw std::runtime_error(message); }
 
@@ -48,12 +57,13 @@ void Program::discard() {
   current = nullptr;
   state_ = State::kDiscarded;
   calls_.clear();
+  names_.clear();
   keep_.clear();
   workspaces_.clear();
   written_.clear();
 }
 
-void Program::run() {
+void Program::run(int64_t* clock_ns) {
   if (current != nullptr) runtime_error("a program cannot run while one is recorded");
   if (state_ != State::kRecorded) runtime_error("the program is not recorded, or runs already");
   struct Running {
@@ -62,7 +72,11 @@ void Program::run() {
   } running{state_};
   state_ = State::kRunning;
   nb::gil_scoped_release release;
-  for (const std::function<void()>& call : calls_) call();
+  if (clock_ns != nullptr) *clock_ns++ = now_ns();
+  for (const std::function<void()>& call : calls_) {
+    call();
+    if (clock_ns != nullptr) *clock_ns++ = now_ns();
+  }
 }
 
 void Program::add_workspace(nb::handle array) {
@@ -72,7 +86,8 @@ void Program::add_workspace(nb::handle array) {
   keep_.push_back(nb::borrow(array));
 }
 
-void Program::add(const nb::handle* keep, size_t n, std::function<void()> call) {
+void Program::add(std::string name, const nb::handle* keep, size_t n,
+                  std::function<void()> call) {
   for (size_t i = 0; i < n; ++i) {
     const auto claimed = [&](const Written& w) { return w.object == keep[i].ptr(); };
     written_.erase(std::remove_if(written_.begin(), written_.end(), claimed), written_.end());
@@ -81,6 +96,7 @@ void Program::add(const nb::handle* keep, size_t n, std::function<void()> call) 
   for (size_t i = 0; i < n; ++i)
     if (!keep[i].is_none() && !in_workspace(keep[i])) keep_.push_back(nb::borrow(keep[i]));
   calls_.push_back(std::move(call));
+  names_.push_back(std::move(name));
 }
 
 void Program::note_written(nb::handle object, const char* name) {
@@ -109,13 +125,26 @@ bool Program::in_workspace(nb::handle object) const {
   }
 }
 
+namespace {
+
+void run(Program& program, nb::handle clock_ns) {
+  if (clock_ns.is_none()) return program.run();
+  const Tensor clock(clock_ns, "clock_ns", true);
+  clock.need_dtype(DType::kI64).need_contiguous();
+  clock.need_shape({static_cast<int64_t>(program.size()) + 1});
+  program.run(clock.as<int64_t>());
+}
+
+}  // namespace
+
 void bind_program(nb::module_& m) {
   nb::class_<Program>(m, "Program")
       .def(nb::init<>())
       .def("begin", &Program::begin)
       .def("end", &Program::end)
       .def("discard", &Program::discard)
-      .def("run", &Program::run)
+      .def("run", &run, nb::arg("clock_ns").none())
+      .def_prop_ro("names", &Program::names)
       .def("add_workspace", &Program::add_workspace)
       .def_prop_ro("recorded", &Program::recorded)
       .def("__len__", &Program::size);

@@ -29,15 +29,17 @@ class Program {
   // Ends a recording that failed; the program stays empty for good.
   void discard();
   // Runs everything with the GIL released. Throws what a call throws; calls after it do not run.
-  void run();
+  // clock_ns: null, or where to put the monotonic clock before the first and after each call.
+  void run(int64_t* clock_ns = nullptr);
   // Arrays inside `array` are not kept one by one: the program keeps all of it.
   void add_workspace(nb::handle array);
 
   size_t size() const { return calls_.size(); }
+  const std::vector<std::string>& names() const { return names_; }
   bool recorded() const { return state_ == State::kRecorded; }
 
   // For `submit` and `Tensor`.
-  void add(const nb::handle* keep, size_t n, std::function<void()> call);
+  void add(std::string name, const nb::handle* keep, size_t n, std::function<void()> call);
   void note_written(nb::handle object, const char* name);
   void spoil(const std::string& why);
 
@@ -56,6 +58,7 @@ class Program {
 
   State state_ = State::kEmpty;
   std::vector<std::function<void()>> calls_;
+  std::vector<std::string> names_;  // of calls
   std::vector<nb::object> keep_;
   std::vector<Range> workspaces_;
   std::vector<Written> written_;  // seen as outputs, not yet claimed by a recorded call
@@ -69,25 +72,26 @@ Program* recording();
 void refuse_recording(const char* what);
 
 // Runs `kernel()` with the GIL released and, while this thread records, appends it. `kernel` holds
-// its arguments by value; `keep` names every object whose memory they point to (None is left out).
+// its arguments by value; `keep` names every object whose memory they point to (None is left out);
+// `name` is what profiles of the program call it.
 template <class F>
-void submit(const nb::handle* keep, size_t n, F&& kernel) {
+void submit(std::string name, const nb::handle* keep, size_t n, F&& kernel) {
   {
     nb::gil_scoped_release release;
     kernel();
   }
   if (Program* program = recording())
-    program->add(keep, n, std::function<void()>(std::forward<F>(kernel)));
+    program->add(std::move(name), keep, n, std::function<void()>(std::forward<F>(kernel)));
 }
 
 template <class F>
-void submit(std::initializer_list<nb::handle> keep, F&& kernel) {
-  submit(keep.begin(), keep.size(), std::forward<F>(kernel));
+void submit(std::string name, std::initializer_list<nb::handle> keep, F&& kernel) {
+  submit(std::move(name), keep.begin(), keep.size(), std::forward<F>(kernel));
 }
 
 template <class F>
-void submit(const std::vector<nb::handle>& keep, F&& kernel) {
-  submit(keep.data(), keep.size(), std::forward<F>(kernel));
+void submit(std::string name, const std::vector<nb::handle>& keep, F&& kernel) {
+  submit(std::move(name), keep.data(), keep.size(), std::forward<F>(kernel));
 }
 
 }  // namespace sps::bind

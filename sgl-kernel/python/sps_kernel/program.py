@@ -71,8 +71,19 @@ class Program:
             self._program.discard()
             raise
 
-    def run(self) -> None:
+    @property
+    def names(self) -> list[str]:
+        """What each recorded call computes, in order: the kernel, of products with their shape."""
+        return list(self._program.names)
+
+    def run(self, clock_ns: Array | None = None) -> None:
         """Run the recorded calls. Index arrays are checked again, as in each call by itself.
+
+        Parameters
+        ----------
+        clock_ns
+            int64 ``[len(self) + 1]`` to take the monotonic clock (``time.monotonic_ns``) before the
+            first call and after each one, for profiles; nothing is timed without it.
 
         Raises
         ------
@@ -81,4 +92,4 @@ class Program:
         ValueError
             An index array names something outside of its bounds.
         """
-        self._program.run()
+        self._program.run(clock_ns)

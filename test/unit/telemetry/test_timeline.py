@@ -37,6 +37,17 @@ def test_spans_nest_and_keep_their_details(tmp_path: Path) -> None:
     assert outer["ts"] + outer["dur"] >= inner["ts"] + inner["dur"]
 
 
+def test_a_span_that_was_timed_elsewhere_is_written_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.create(path)
+    rank = TraceFile(path, 0, "rank-0")
+    rank.add("linear", "kernel", 5_000_000, 5_002_500)
+    rank.close()
+    timeline.finish(path)
+    (span,) = spans(path)
+    assert (span["name"], span["cat"], span["ts"], span["dur"]) == ("linear", "kernel", 5000, 2.5)
+
+
 def test_a_span_is_written_when_its_block_raises(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     timeline.create(path)
