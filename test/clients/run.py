@@ -147,7 +147,7 @@ def main() -> int:
                 arguments = servers[client.server]
                 server = EchoHttp(Path("embedded"), *arguments, device="cpu")
                 running[client.server] = stack.enter_context(server)
-                server.wait_ready(90.0)
+                server.wait_ready(180.0)
             outcomes += run_client(client, python, running[client.server].url)
     print(f"\n{'client':24} {'script':24} {'checked':>8} {'skipped':>8} {'seconds':>8}")
     for o in outcomes:
