@@ -13,6 +13,7 @@ from test.dist.helpers.thread_engine import ThreadEngine, drive
 from test.kit.fake_flashinfer import FakeFlashInfer
 from torch import Tensor
 
+from sps_runtime.attention import flashinfer
 from sps_runtime.attention.flashinfer import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops.dispatch import choose_ops
@@ -57,8 +58,10 @@ class Graphs:
 
 
 @pytest.mark.parametrize("kind", ["llama", "window"])
-def test_graphs_replay_what_was_planned_before(kind: str) -> None:
-    """Steps of three sequences run in a shape of four rows; tables change under the same graph."""
+def test_graphs_replay_what_was_planned_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of three sequences run in a shape of four rows; tables change under the same graph,
+    whose plan is kept however many others come."""
+    monkeypatch.setattr(flashinfer, "REMEMBERED", 1)
     model, library = exact_model(kind), FakeFlashInfer()
     engine = ThreadEngine(
         model.config, model.arena(1, ops="torch"), page_size=16, pages_per_rank=PAGES,

@@ -37,6 +37,8 @@ from sps_runtime.ops.merge_state import merge_rows_, merge_states
 
 REMEMBERED = 8
 """Lists of runs whose plans are kept: those of a step, by window and range of heads."""
+STANDING = 256
+"""Lists that stay whose plans are kept: graphs hold their memory, so more than there are graphs."""
 LN2 = math.log(2.0)
 _NOTHING = -5e4
 """FlashInfer 0.6's log2 of no mass; its merge makes NaN of two -inf."""
@@ -89,6 +91,7 @@ class FlashInferBackend:
         self._fallback = fallback
         self._wrappers = Wrappers(library, device)
         self._steps: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
+        self._standing: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
 
     def partial(
         self,
@@ -123,12 +126,13 @@ class FlashInferBackend:
         if (items[:, 7] == _heads(pool)).all():
             layout = _layout(q_THD, pool)
             key = (id(lists), layout, scale, window)
-            step = self._steps.get(key)
+            step = (self._standing if lists.standing else self._steps).get(key)
             if step is None:
                 found = of_lists(lists, items)
                 room = len(lists.page_ids) if lists.standing else None
                 step = self._plan(key, lists, found, layout, scale, window, room)
-            return self._attend(step, q_THD, pool, layout, scale, window)
+            partial = self._attend(step, q_THD, pool, layout, scale, window)
+            return partial if lists.standing else Partial(partial.o.float(), partial.lse)
         return self._each_head(q_THD, lists, items, pool, scale, window)
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
@@ -142,11 +146,9 @@ class FlashInferBackend:
         out_THD.copy_(o)
 
     def refresh(self, lists: PageLists) -> bool:
-        same = True
-        for key, step in list(self._steps.items()):
-            if step.lists is lists:
-                same &= self._plan_again(key, step, lists)
-        return same
+        found = [(key, step) for key, step in self._standing.items() if step.lists is lists]
+        planned = [self._plan_again(key, step, lists) for key, step in found]
+        return bool(planned) and all(planned)
 
     def _plan_again(self, key: tuple[Any, ...], step: _Step, lists: PageLists) -> bool:
         """Plan the same wrappers, which a graph may hold, for other values; where these need other
@@ -156,14 +158,14 @@ class FlashInferBackend:
         found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
         shapes = [[_shape(call) for call in calls] for calls in (found.calls, _calls(step))]
         if shapes[0] != shapes[1] or found.others or step.others:
-            del self._steps[key]
+            del self._standing[key]
             self._wrappers.give_back(planned for _, planned in step.planned)
             return False
         pairs = []
         for call, (_, planned) in zip(found.calls, step.planned, strict=True):
             planned.plan(call, **_arguments(layout, scale, window))
             pairs.append((call, planned))
-        self._steps[key] = replace(step, planned=tuple(pairs))
+        self._standing[key] = replace(step, planned=tuple(pairs))
         return True
 
     def _plan(
@@ -181,13 +183,16 @@ class FlashInferBackend:
         Args:
             room: entries that they will ever have, where they are planned again and again.
         """
-        while len(self._steps) >= REMEMBERED:
-            _, old = self._steps.popitem(last=False)
+        steps, most = self._steps, REMEMBERED
+        if room is not None:
+            steps, most = self._standing, STANDING
+        while len(steps) >= most:
+            _, old = steps.popitem(last=False)
             self._wrappers.give_back(planned for _, planned in old.planned)
         found = plan_calls(items, layout.rows, layout.page_size, layout.slots, window)
         plans = self._plans(found, layout, scale, window, room)
         step = _Step(lists, plans, found.others)
-        self._steps[key] = step
+        steps[key] = step
         return step
 
     def _plans(

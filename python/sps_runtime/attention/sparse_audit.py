@@ -64,7 +64,7 @@ class Audit:
     ) -> Tensor:
         """lse over all keys that the rows may see ``[rows, heads]``; -inf for heads not asked."""
         q = q_THD[self.rows]
-        lse = torch.full(q.shape[:2], -torch.inf)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         for lists in self.parts:
             lse = torch.logaddexp(lse, backend.partial_lists(q, lists, pool, scale=scale).lse)
         return lse
