@@ -89,7 +89,6 @@ IGNORED: Mapping[str, int] = {
     "tokenizer-worker-num": 1,
     "nccl-port": 1,
     "dist-timeout": 1,
-    "base-gpu-id": 1,
     "gpu-id-step": 1,
     "sleep-on-idle": 0,
     "stream-output": 0,
