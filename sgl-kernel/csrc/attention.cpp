@@ -46,6 +46,7 @@ class Plan {
  public:
   Plan(const AttentionParams& p, const AttentionItem* items, int64_t n, int threads) : p_(p) {
     max_rows_ = kernels().attention_max_rows(p);
+    together_ = threads == 1 ? kUnitHeads : 1;
     for (int64_t i = 0; i < n; ++i) add_item(items[i]);
     if (threads > 1 && static_cast<int>(units_.size()) < 4 * threads) split(threads);
   }
@@ -63,11 +64,23 @@ class Plan {
  private:
   void add_item(const AttentionItem& it) {
     const int64_t rows = int64_t{it.q_count} * p_.group;
+    if (rows > 0 && rows <= kFewRows) return add_few(it, static_cast<int>(rows));
     for (int h = 0; h < it.head_count; ++h)
       for (int64_t r = 0; r < rows; r += max_rows_)
         units_.push_back({it.q_begin, it.q_pos, it.head_begin + h, static_cast<int>(r),
                           static_cast<int>(std::min<int64_t>(max_rows_, rows - r)),
-                          it.list_begin, it.list_count, it.kv_len, nullptr, nullptr});
+                          it.list_begin, it.list_count, it.kv_len, nullptr, nullptr, 1});
+  }
+
+  // The heads of a page lie side by side, and so do pages whose slots do: read in this order they
+  // are long runs of memory, as the processor's prefetchers want them.
+  void add_few(const AttentionItem& it, int rows) {
+    for (int h = 0; h < it.head_count; h += together_) {
+      AttentionUnit u{it.q_begin,    it.q_pos,   it.head_begin + h, 0,      rows, it.list_begin,
+                      it.list_count, it.kv_len, nullptr,           nullptr};
+      u.heads = std::min(together_, it.head_count - h);
+      units_.push_back(u);
+    }
   }
 
   // Too few units for the threads (a long context being decoded): cut the page lists.
@@ -108,6 +121,7 @@ class Plan {
 
   const AttentionParams& p_;
   int64_t max_rows_;
+  int together_;  // KV heads of a unit of few rows
   std::vector<AttentionUnit> units_;
   std::vector<SplitUnit> splits_;
   std::vector<float> o_, lse_;

@@ -31,6 +31,23 @@ def test_groups(isa, dtype, heads, new):
 
 
 @DTYPES
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("window", [0, 40])
+def test_few_rows_read_heads_side_by_side(isa, dtype, kv_heads, window):
+    """Heads that one unit reads together give the bits of each by itself, over lists of all
+    lengths, the empty one too; what lies behind the keys is NaN."""
+    lengths = ((1, 0), (1, 15), (1, 63), (1, 64), (1, 200), (2, 131))
+    case = Case(dtype, 64, kv_heads=kv_heads, group=3, page=64, lengths=lengths, pools=2)
+    case.items[0, 4] = 0
+    out, lse = case.check(window=window)
+    apart = case.items.repeat_interleave(kv_heads, 0)
+    apart[:, 6], apart[:, 7] = torch.arange(kv_heads).repeat(len(case.items)), 1
+    case.items = apart
+    again = case.check(window=window)
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+@DTYPES
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 16, 17, 33, 47, 48, 49, 63, 64, 65, 129])
 def test_row_counts(isa, dtype, rows):
     Case(dtype, 32, kv_heads=1, group=1, lengths=((rows, 75),)).check()

@@ -9,6 +9,7 @@ namespace sps {
 namespace SPS_ISA_NS {
 
 constexpr int kDecodeRows = Narrow::W;
+static_assert(kDecodeRows == kFewRows);
 constexpr int kDecodeTiles = 4;  // tiles of one online-softmax step
 #ifdef SPS_WIDE_REGISTERS
 constexpr int kDecodeKeys = 16;
@@ -134,12 +135,48 @@ static void decode_step(const AttentionParams& p, const AttentionUnit& u, Prefil
   decode_values_rows<M>(u.row_count, s, tiles, native ? next : DecodeTiles(), p.d, alpha, st.o);
 }
 
+// One KV head of a unit: its rows, and its part of the state of all.
+template <class M>
+struct DecodeHead {
+  AttentionUnit u;
+  PrefillState<M> st;
+
+  DecodeHead(const AttentionUnit& unit, const PrefillState<M>& all, int head, int d)
+      : u(unit), st(all) {
+    u.kv_head += head;
+    u.heads = 1;
+    const int64_t rows = int64_t{head} * kRowBlock;
+    st.q += rows * st.steps;
+    st.o += rows * d;
+    st.m += rows, st.l += rows, st.lo += rows, st.hi += rows;
+  }
+};
+
+// The same keys of the head that lies `heads` behind.
+static inline DecodeTiles heads_behind(const AttentionParams& p, DecodeTiles tiles, int heads) {
+  for (int t = 0; t < tiles.n; ++t) {
+    tiles.tile[t].k += heads * p.k_layout.head_stride;
+    tiles.tile[t].v += heads * p.v_layout.head_stride;
+  }
+  return tiles;
+}
+
+template <class M>
+static PrefillState<M> decode_state(const AttentionParams& p, AttentionUnit u) {
+  u.row_count = u.heads * kRowBlock;  // a block for each head
+  return PrefillState<M>(p, u);
+}
+
 template <class M>
 static void decode_unit(const AttentionParams& p, const AttentionUnit& u) {
-  PrefillState<M> st(p, u);
+  const PrefillState<M> all = decode_state<M>(p, u);
+  const auto head = [&](int h) { return DecodeHead<M>(u, all, h, p.d); };
   alignas(64) float s[kDecodeTiles * kTile * kDecodeRows];
-  load_queries(p, u, st, kDecodeRows, kDecodeRows);
-  std::memset(st.o, 0, static_cast<size_t>(kDecodeRows) * p.d * sizeof(float));
+  for (int h = 0; h < u.heads; ++h) {
+    DecodeHead<M> at = head(h);
+    load_queries(p, at.u, at.st, kDecodeRows, kDecodeRows);
+    std::memset(at.st.o, 0, static_cast<size_t>(kDecodeRows) * p.d * sizeof(float));
+  }
   const int first = u.row_begin, last = u.row_begin + u.row_count - 1;
   const Reach any = rows_reach(p, u, first, last);
   const Reach full{row_reach(p, u, last).lo, row_reach(p, u, first).hi};
@@ -150,11 +187,19 @@ static void decode_unit(const AttentionParams& p, const AttentionUnit& u) {
   for (int i = 0; steps[i].n > 0; i ^= 1) {
     DecodeTiles& next = steps[i ^ 1];
     next.n = walk.next(next.tile, most);
-    touch(next);
-    decode_step<M>(p, u, st, s, steps[i], next, any, full);
+    for (int h = 0; h < u.heads; ++h) {
+      DecodeTiles tiles = heads_behind(p, steps[i], h);
+      const DecodeTiles soon = h + 1 < u.heads ? heads_behind(p, steps[i], h + 1) : next;
+      touch(soon);
+      DecodeHead<M> at = head(h);
+      decode_step<M>(p, at.u, at.st, s, tiles, soon, any, full);
+    }
   }
-  for (int i = 0; i < u.row_count; ++i)
-    finish_row(p, u, i, st.o + static_cast<int64_t>(i) * p.d, st.m[i], st.l[i]);
+  for (int h = 0; h < u.heads; ++h) {
+    const DecodeHead<M> at = head(h);
+    for (int i = 0; i < u.row_count; ++i)
+      finish_row(p, at.u, i, at.st.o + static_cast<int64_t>(i) * p.d, at.st.m[i], at.st.l[i]);
+  }
 }
 
 template <class M>

@@ -10,6 +10,11 @@ namespace sps {
 // Keys are read in tiles of this many tokens; a page holds a whole number of them.
 constexpr int kTile = 16;
 
+// Rows of one KV head up to which its keys and values are read once, in place; and KV heads that
+// one unit then reads side by side, page by page.
+constexpr int kFewRows = 8;
+constexpr int kUnitHeads = 4;
+
 // All strides in bytes unless said otherwise; the last dim of q, k, v and out is contiguous.
 struct PoolLayout {
   int64_t slot_stride, head_stride, token_stride;
@@ -49,6 +54,7 @@ struct AttentionUnit {
   // Where a part of a split list goes (o [rows, d], lse [rows]); null: to out and lse.
   float* part_o;
   float* part_lse;
+  int heads = 1;  // KV heads from kv_head on: several only of few rows, whole lists
 };
 
 struct AttentionItem {
