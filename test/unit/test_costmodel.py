@@ -181,6 +181,15 @@ def test_superblocks_that_do_not_divide_over_ranks_leave_some_idle() -> None:
     assert pays(cost, settings, 8192, 2) and not pays(cost, settings, 8192, 64)
 
 
+def test_short_prompts_are_exact_between_hosts() -> None:
+    """Their blocks choose each for itself, and together nearly everything."""
+    cost, settings = PrefillCost(1e-3, 1e-6, 1e-7), SparseSettings()
+    short = settings.for_prompt(settings.short_to - 1)
+    assert pays(cost, short, settings.short_to - 1, 2)
+    assert not pays(cost, short, settings.short_to - 1, 2, hosts=2)
+    assert pays(cost, settings, settings.short_to, 2, hosts=2)
+
+
 @pytest.mark.parametrize(
     ("tokens", "measured"), [(1024, 1.0), (2048, 0.742), (4096, 0.435), (8192, 0.234)]
 )

@@ -81,11 +81,17 @@ def sparse_seconds(
     return 2 * cost.a + prepared * imbalance(settings, tokens, ranks)
 
 
-def pays(cost: PrefillCost, settings: SparseSettings, tokens: int, ranks: int = 1) -> bool:
+def pays(
+    cost: PrefillCost, settings: SparseSettings, tokens: int, ranks: int = 1, hosts: int = 1
+) -> bool:
     """Whether csa does not make a prompt's prefill slower than exact attention.
 
-    Stride attention chooses nothing, so it costs nothing beforehand.
+    Stride attention chooses nothing, so it costs nothing beforehand. Blocks of a short prompt
+    choose each for itself, and together nearly all pages (98% of another host's at 8,192 tokens):
+    between hosts they would send summaries and questions to save nothing.
     """
     if settings.estimator == "stride":
         return True
+    if hosts > 1 and tokens < settings.short_to:
+        return False
     return sparse_seconds(cost, settings, tokens, ranks) <= cost.seconds([(tokens, 0)])

@@ -58,7 +58,7 @@ def sparse_rules(view: View, refusal: str) -> SparseRules:
     cost = view.costs.prefill_cost(ranks)
 
     def worth(settings: SparseSettings, tokens: int) -> bool:
-        return pays(cost, settings, tokens, ranks)
+        return pays(cost, settings, tokens, ranks, view.parallel.nnodes)
 
     return SparseRules(
         refusal, cache.page_size, ranks, cache.pages_per_rank, worth, config.csa_min_tokens
