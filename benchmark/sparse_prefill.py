@@ -20,6 +20,7 @@ Metrics are defined in benchmark/README.md.
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def ask(server: Server, ids: list[int], attention: dict[str, Any]) -> dict[str, 
 def measure(
     server: Server, lengths: tuple[int, ...], budgets: tuple[float, ...], forced: bool, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all lengths, each setup forwards and backwards."""
+    """Rows of all lengths, each setup forwards and backwards; 0 rounds: forwards alone."""
     rng = random.Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -88,7 +89,7 @@ def measure(
         ask(server, prompt(WARM), attention)
     for length in lengths:
         names = setups(budgets, forced, length)
-        for name in [*names, *reversed(names)] * rounds:
+        for name in [*names, *reversed(names)] * rounds or names:
             row = ask(server, prompt(length), names[name])
             row |= {"setup": name, "length": length}
             print(f"{length} {name} {row['ttft_s']:.2f} s {density(row):.3f}", flush=True)
@@ -103,8 +104,8 @@ def density(row: dict[str, Any]) -> float:
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Medians by setup and length, what csa gains over exact, and how alike repetitions are."""
     figures: dict[str, float] = {}
-    names = dict.fromkeys(row["setup"] for row in rows)
     for length in sorted({row["length"] for row in rows}):
+        names = dict.fromkeys(row["setup"] for row in rows if row["length"] == length)
         found = {n: [r for r in rows if (r["setup"], r["length"]) == (n, length)] for n in names}
         times = {n: [r["ttft_s"] for r in there] for n, there in found.items()}
         for name, there in found.items():
@@ -121,7 +122,7 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the prompts")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of all setups a length")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of all setups; 0: no way back")
     parser.add_argument("--forced", action="store_true", help="page sets of exact density, too")
     parser.add_argument(
         "--model", type=Path, help="a directory of the 0.5b shape, else one is made"
@@ -139,12 +140,23 @@ def main() -> None:
         pool = ["--max-total-tokens", str(2 * int(room)), "--context-length", room]
         with Server(*flags, *pool) as server:
             rows = list(measure(server, lengths, budgets, args.forced, args.rounds))
-    floor = best_floors(before, floors(2))
+    finish(best_floors(before, floors(2)), [*others(args.json, lengths), *rows], args.json)
+
+
+def others(path: Path | None, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Rows of other lengths that a result has already."""
+    if path is None or not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text())["raw"] if row["length"] not in lengths]
+
+
+def finish(floor: dict[str, float], rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Report all rows, with what exact attention reaches of the floor."""
     figures = figures_of(rows)
-    for length in lengths:
+    for length in {row["length"] for row in rows}:
         best = figures.pop(f"exact_flops_{length}") / floor["gemm_flops_per_s"]
         figures[f"share_of_floor_exact_sp2_{length}"] = best / figures[f"ttft_s_exact_sp2_{length}"]
-    report(args.json, {**floor, **figures}, rows)
+    report(path, {**floor, **figures}, rows)
 
 
 if __name__ == "__main__":

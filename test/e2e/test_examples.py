@@ -17,6 +17,8 @@ from types import CodeType, ModuleType
 import pytest
 from test.kit.echo_http import ROOT, EchoHttp
 
+from sps_runtime import lang
+
 EXAMPLES = ROOT / "examples"
 OURS = "import sps_runtime.lang as sgl  # or: import sglang as sgl\n"
 THEIRS = "import sglang as sgl\n"
@@ -47,6 +49,12 @@ def load(loader: SourceFileLoader) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def backend_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples run in this process and set the default backend of all programs."""
+    monkeypatch.setattr(lang.global_config, "default_backend", None)
 
 
 @pytest.fixture(scope="module")

@@ -98,11 +98,14 @@ class EchoHttp:
         raise AssertionError(f"not ready: {self.log.read_text()}")
 
     def children(self) -> dict[str, int]:
-        """Process ids by the names that the launcher gave them."""
+        """Process ids by the names that the launcher gave them. One that is just being started
+        still shows the launcher's own arguments, and has no name."""
         found = {}
         for pid in children_of(self.process.pid):
-            boot = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-2]
-            found[str(json.loads(boot)["name"])] = pid
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            boot = b"".join(words[-2:])
+            if boot.startswith(b"{"):
+                found[str(json.loads(boot)["name"])] = pid
         return found
 
     def end(self, number: int = signal.SIGTERM, timeout_s: float = 15.0) -> int:

@@ -287,7 +287,9 @@ def test_images_are_refused_by_name() -> None:
         sgl.image("x.png")
 
 
-def test_a_backend_is_needed() -> None:
+def test_a_backend_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgl.global_config, "default_backend", None)
+
     @sgl.function
     def program(s):
         s += "x"
@@ -297,8 +299,5 @@ def test_a_backend_is_needed() -> None:
     with pytest.raises(ValueError, match="str is no backend"):
         program.run(backend="http://x")
     sgl.set_default_backend(FakeBackend())
-    try:
-        assert program.run().text() == "x"
-        assert sgl.get_server_info() == {"version": "fake"}
-    finally:
-        sgl.set_default_backend(None)
+    assert program.run().text() == "x"
+    assert sgl.get_server_info() == {"version": "fake"}
