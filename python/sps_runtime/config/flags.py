@@ -164,7 +164,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add(
         "--grammar-backend",
         default="llguidance",
-        help="llguidance, none, or a plug-in's name",
+        help="llguidance, xgrammar, none, or a plug-in's name",
     )
     add(
         "--disable-step-graphs",

@@ -11,6 +11,7 @@ from sps_runtime.registry import resolve
 
 BACKENDS: Mapping[str, str] = {
     "llguidance": "sps_runtime.grammar.llguidance_backend:LLGuidance",
+    "xgrammar": "sps_runtime.grammar.xgrammar_backend:XGrammar",
 }
 MAX_TOKENIZER_BYTES = 256 << 20
 

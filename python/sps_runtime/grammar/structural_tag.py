@@ -38,12 +38,7 @@ def structural_tag_to_lark(source: str, special: Mapping[str, int]) -> str:
     Raises:
         GrammarError: when it is not of the form above.
     """
-    try:
-        tag = msgspec.json.decode(source, type=_StructuralTag)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise GrammarError(f"the structural tag cannot be read: {error}") from None
-    if not tag.structures:
-        raise GrammarError("the structural tag has no structures")
+    tag = _read(source)
     rules = [
         _rule(index, structure, _trigger(structure, tag.triggers), special)
         for index, structure in enumerate(tag.structures)
@@ -51,6 +46,28 @@ def structural_tag_to_lark(source: str, special: Mapping[str, int]) -> str:
     names = " | ".join(f"tag_{index}" for index in range(len(rules)))
     head = f"%llguidance {{}}\nstart: ({names})* rest\nrest: TAG_TEXT\nTAG_TEXT: {ANY_TEXT}\n"
     return head + "\n".join(rules)
+
+
+def structures_of(source: str) -> tuple[list[tuple[str, Any, str]], list[str]]:
+    """A structural tag's structures, (begin, schema, end) each, and its triggers.
+
+    Raises:
+        GrammarError: when it is not of the form above.
+    """
+    tag = _read(source)
+    for structure in tag.structures:
+        _trigger(structure, tag.triggers)
+    return [(one.begin, one.schema, one.end) for one in tag.structures], tag.triggers
+
+
+def _read(source: str) -> _StructuralTag:
+    try:
+        tag = msgspec.json.decode(source, type=_StructuralTag)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise GrammarError(f"the structural tag cannot be read: {error}") from None
+    if not tag.structures:
+        raise GrammarError("the structural tag has no structures")
+    return tag
 
 
 def _trigger(structure: _Structure, triggers: Sequence[str]) -> str:
