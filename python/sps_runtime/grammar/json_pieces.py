@@ -7,6 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
+from sps_runtime.grammar.protocol import GrammarError
+
 WHITESPACE = r"( |\n[ \t]{0,12})"
 """Between JSON's tokens: one space, or a new line with its indentation. Bounded, so that a model
 cannot fill an answer with blanks."""
@@ -17,6 +21,23 @@ _OTHERS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _LISTED = ("anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties")
+
+
+def schema_object(source: str) -> dict[str, Any]:
+    """Read a schema, a JSON object or true.
+
+    Raises:
+        GrammarError: it is neither.
+    """
+    try:
+        schema = msgspec.json.decode(source)
+    except (msgspec.DecodeError, RecursionError):
+        raise GrammarError("the schema is not valid JSON") from None
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise GrammarError("a schema is a JSON object")
+    return schema
 
 
 def settled_schema(schema: Any) -> Any:

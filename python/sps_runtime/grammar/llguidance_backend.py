@@ -12,12 +12,11 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sps_runtime.grammar.ebnf import to_lark
-from sps_runtime.grammar.json_pieces import settled_schema
-from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary
+from sps_runtime.grammar.json_pieces import schema_object, settled_schema
+from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary, one_line
 from sps_runtime.grammar.structural_tag import structural_tag_to_lark
 from sps_runtime.types.grammar import GrammarSpec
 
-MAX_MESSAGE_CHARS = 500
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
 
 
@@ -36,7 +35,8 @@ class LLGuidance:
                 vocabulary.tokenizer, n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_ids)
             )
         except Exception as error:  # the binding raises whatever Rust says
-            raise GrammarError(f"this tokenizer takes no grammars: {_line(str(error))}") from None
+            why = one_line(str(error))
+            raise GrammarError(f"this tokenizer takes no grammars: {why}") from None
         self._special = _special_tokens(vocabulary.tokenizer)
         self._limits = LLParserLimits(
             max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False
@@ -51,14 +51,15 @@ class LLGuidance:
     def matcher(self, prepared: str) -> LLGuidanceMatcher:
         inner = LLMatcher(self._tokenizer, prepared, log_level=0, limits=self._limits)
         if inner.is_error():
-            raise GrammarError(_line(inner.get_error()))
+            raise GrammarError(one_line(inner.get_error()))
         return LLGuidanceMatcher(inner, self._size, self._eos)
 
     def _translated(self, spec: GrammarSpec) -> str:
         if spec.kind == "regex":
             return str(LLMatcher.grammar_from_regex(_ascii_digits(spec.source)))
         if spec.kind == "json_schema":
-            return str(LLMatcher.grammar_from_json_schema(_schema(spec.source)))
+            schema = json.dumps(settled_schema(schema_object(spec.source)))
+            return str(LLMatcher.grammar_from_json_schema(schema))
         if spec.kind == "structural_tag":
             lark = structural_tag_to_lark(spec.source, self._special)
             return str(LLMatcher.grammar_from_lark(lark))
@@ -112,7 +113,7 @@ class LLGuidanceMatcher:
         return LLGuidanceMatcher(self._inner.deep_copy(), self._size, self._eos, self._ended)
 
     def _error(self) -> str:
-        return _line(self._inner.get_error())
+        return one_line(self._inner.get_error())
 
 
 def _ascii_digits(regex: str) -> str:
@@ -123,23 +124,7 @@ def _ascii_digits(regex: str) -> str:
     return _ESCAPE.sub(lambda found: "[0-9]" if found[0] == "\\d" else found[0], regex)
 
 
-def _schema(source: str) -> str:
-    try:
-        schema = msgspec.json.decode(source)
-    except (msgspec.DecodeError, RecursionError):
-        raise GrammarError("the schema is not valid JSON") from None
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise GrammarError("a schema is a JSON object")
-    return json.dumps(settled_schema(schema))
-
-
 def _special_tokens(tokenizer: str) -> dict[str, int]:
     """Special tokens, which text cannot spell, by what they read."""
     added = msgspec.json.decode(tokenizer).get("added_tokens") or []
     return {token["content"]: token["id"] for token in added if token.get("special")}
-
-
-def _line(message: str) -> str:
-    return " ".join(message.split())[:MAX_MESSAGE_CHARS]

@@ -16,8 +16,16 @@ Allowed = npt.NDArray[np.bool_]
 """``[vocab]``: whether each id may come next."""
 
 
+MAX_MESSAGE_CHARS = 500
+
+
 class GrammarError(SpsError):
     """A grammar that is wrong or too large, or tokens that it does not have."""
+
+
+def one_line(message: str) -> str:
+    """What a library said, as a client may be told it."""
+    return " ".join(message.split())[:MAX_MESSAGE_CHARS]
 
 
 @dataclass(frozen=True)

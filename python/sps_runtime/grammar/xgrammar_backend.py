@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary
+from sps_runtime.grammar.json_pieces import schema_object
+from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary, one_line
 from sps_runtime.grammar.structural_tag import structures_of
 from sps_runtime.types.grammar import GrammarSpec
 
-MAX_MESSAGE_CHARS = 500
 CACHE_BYTES = 64 << 20
 WORD_BITS = 32
 _CONTROL = re.compile(rb"[\x00-\x1f]")
@@ -67,7 +67,7 @@ class XGrammar:
         except GrammarError:
             raise
         except Exception as error:  # the binding raises whatever C++ says
-            raise GrammarError(_line(str(error))) from None
+            raise GrammarError(one_line(str(error))) from None
         within = self._printable if spec.kind == "json_schema" else np.ones(self._size, np.bool_)
         return XGrammarMatcher(self._new_matcher(compiled), within, self._eos)
 
@@ -76,7 +76,7 @@ class XGrammar:
         if spec.kind == "regex":
             return compiler.compile_regex(spec.source)
         if spec.kind == "json_schema":
-            schema = _schema(spec.source)
+            schema = schema_object(spec.source)
             return compiler.compile_json_schema(schema, any_whitespace=False, strict_mode=False)
         if spec.kind == "lark":
             return compiler.compile_lark(spec.source)
@@ -136,18 +136,6 @@ def _kind(tokenizer: str) -> str:
     raise GrammarError("this tokenizer takes no grammars: it spells no bytes")
 
 
-def _schema(source: str) -> dict[str, Any]:
-    try:
-        schema = msgspec.json.decode(source)
-    except (msgspec.DecodeError, RecursionError):
-        raise GrammarError("the schema is not valid JSON") from None
-    if schema is True:
-        return {}
-    if not isinstance(schema, dict):
-        raise GrammarError("a schema is a JSON object")
-    return schema
-
-
 def _triggered(source: str) -> dict[str, Any]:
     """SGLang's structural tag as xgrammar writes it."""
     structures, triggers = structures_of(source)
@@ -164,7 +152,3 @@ def _triggered(source: str) -> dict[str, Any]:
         "type": "structural_tag",
         "format": {"type": "triggered_tags", "triggers": list(triggers), "tags": tags},
     }
-
-
-def _line(message: str) -> str:
-    return " ".join(message.split())[:MAX_MESSAGE_CHARS]

@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 
-import numpy as np
 import pytest
-from test.kit.random_grammars import random_case
-from test.kit.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
+from test.kit.grammar_walk import EOS, TOKENIZER, accepts, ids, random_answer, start
+from test.kit.tokenizers import sentencepiece_tokenizer, wordpiece_tokenizer
 
-from sps_runtime.frontend.token_bytes import speller
 from sps_runtime.grammar.backends import load_vocabulary, make_backend
-from sps_runtime.grammar.protocol import GrammarBackend, GrammarError, Matcher, Vocabulary
+from sps_runtime.grammar.protocol import GrammarBackend, GrammarError, Vocabulary
 from sps_runtime.types.errors import ConfigError
-from sps_runtime.types.grammar import ANY_JSON_OBJECT, GrammarSpec
+from sps_runtime.types.grammar import ANY_JSON_OBJECT
 
-EOS, IM_START = 2, 1
-TOKENIZER = byte_level_tokenizer()
-
-
-def start(backend: GrammarBackend, kind: str, source: str) -> Matcher:
-    return backend.matcher(backend.prepare(GrammarSpec(kind, source)))  # type: ignore[arg-type]
-
-
-def ids(text: str) -> list[int]:
-    return TOKENIZER.encode(text).ids
-
-
-def accepts(backend: GrammarBackend, kind: str, source: str, text: str) -> bool:
-    """Whether the whole text is an answer: every token allowed, and the end after the last."""
-    matcher = start(backend, kind, source)
-    for token in ids(text):
-        if not matcher.allowed()[token]:
-            return False
-        matcher.accept([token])
-    return bool(matcher.allowed()[EOS])
+IM_START = 1
 
 
 TAG = json.dumps(
@@ -159,32 +136,10 @@ def test_500_random_grammars_are_kept_and_end(
     backend: GrammarBackend, vocabulary: Vocabulary
 ) -> None:
     """Random logits: whatever a model prefers, an answer follows its grammar."""
-    spell = _spelling()
     kinds = {"json_schema": 0, "regex": 0}
     for seed in range(500):
-        case = random_case(random.Random(seed))
-        noise = np.random.default_rng(seed)
-        matcher = backend.matcher(backend.prepare(case.spec))
-        output: list[int] = []
-        while len(output) < 700:
-            logits = np.where(matcher.allowed(), noise.normal(size=vocabulary.size), -np.inf)
-            token = int(logits.argmax())
-            if token == EOS:
-                break
-            output.append(token)
-            matcher.accept([token])
-        else:
-            pytest.fail(f"seed {seed}: no end: {case.spec}")
-        text = b"".join(map(spell, output)).decode()
-        assert case.holds(text), f"seed {seed}: {text!r} violates {case.spec}"
-        kinds[case.kind] += 1
+        kinds[random_answer(backend, vocabulary.size, seed, longest=700).kind] += 1
     assert min(kinds.values()) > 200
-
-
-def _spelling() -> Callable[[int], bytes]:
-    spell = speller({"type": "ByteLevel"})
-    assert spell is not None
-    return lambda token: spell(TOKENIZER.id_to_token(token))
 
 
 def test_sentencepiece_vocabularies_are_served() -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 
 import numpy as np
 import pytest
-from test.kit.random_grammars import random_case
-from test.kit.tokenizers import byte_level_tokenizer, wordpiece_tokenizer
+from test.kit.grammar_walk import EOS, TOKENIZER, accepts, random_answer
+from test.kit.tokenizers import wordpiece_tokenizer
 
-from sps_runtime.frontend.token_bytes import speller
 from sps_runtime.grammar.backends import make_backend
 from sps_runtime.grammar.protocol import GrammarBackend, GrammarError, Vocabulary
 from sps_runtime.types.grammar import ANY_JSON_OBJECT, GrammarSpec
 
 pytest.importorskip("xgrammar", reason="the extra [xgrammar] is not installed")
 
-EOS, IM_START = 2, 1
-TOKENIZER = byte_level_tokenizer()
+IM_START = 1
 TAG = json.dumps(
     {
         "type": "structural_tag",
@@ -31,15 +28,6 @@ TAG = json.dumps(
 @pytest.fixture(scope="module")
 def second(vocabulary: Vocabulary) -> GrammarBackend:
     return make_backend("xgrammar", vocabulary)
-
-
-def accepts(backend: GrammarBackend, kind: str, source: str, text: str) -> bool:
-    matcher = backend.matcher(backend.prepare(GrammarSpec(kind, source)))  # type: ignore[arg-type]
-    for token in TOKENIZER.encode(text).ids:
-        if not matcher.allowed()[token]:
-            return False
-        matcher.accept([token])
-    return bool(matcher.allowed()[EOS])
 
 
 @pytest.mark.parametrize(
@@ -95,22 +83,8 @@ def test_ends_errors_and_copies(second: GrammarBackend, vocabulary: Vocabulary) 
 
 
 def test_random_grammars_are_kept_and_end(second: GrammarBackend, vocabulary: Vocabulary) -> None:
-    spell = speller({"type": "ByteLevel"})
-    assert spell is not None
     for seed in range(200):
-        case, noise = random_case(random.Random(seed)), np.random.default_rng(seed)
-        matcher, output = second.matcher(second.prepare(case.spec)), list[int]()
-        while len(output) < 2000:
-            logits = np.where(matcher.allowed(), noise.normal(size=vocabulary.size), -np.inf)
-            token = int(logits.argmax())
-            if token == EOS:
-                break
-            output.append(token)
-            matcher.accept([token])
-        else:
-            pytest.fail(f"seed {seed}: no end: {case.spec}")
-        text = b"".join(spell(TOKENIZER.id_to_token(token)) for token in output).decode()
-        assert case.holds(text), f"seed {seed}: {text!r} violates {case.spec}"
+        random_answer(second, vocabulary.size, seed, longest=2000)
 
 
 def test_other_vocabularies_are_refused() -> None:
