@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
 from sps_runtime.attention.run_lists import RunListCache
 from sps_runtime.ops.kv_rows import row_format
+from sps_runtime.ops.merge_state import empty_state, unwritten_state
 
 
 class KernelBackend:
@@ -41,7 +41,7 @@ class KernelBackend:
         kv_heads: tuple[int, int] | None = None,
     ) -> Partial:
         if not runs:
-            return Partial(*_empty(q_THD))
+            return Partial(*empty_state(q_THD))
         pools = self._pools(pool, kv_heads, q_THD.shape[2])
         found = self._runs.get(runs, pools.kv_heads)
         complete = found.rows == len(q_THD)
@@ -69,7 +69,7 @@ class KernelBackend:
         window: int | None,
     ) -> Partial:
         """`complete`: every row is in some list, so none has to be empty beforehand."""
-        o_THD, lse_TH = _unwritten(q_THD) if complete else _empty(q_THD)
+        o_THD, lse_TH = unwritten_state(q_THD) if complete else empty_state(q_THD)
         self._kernels.paged_attention(
             q_THD,
             pools,
@@ -106,14 +106,3 @@ class KernelBackend:
             whole = [tensor if len(tensor) else tensors[some] for tensor in tensors]
             sides.append(whole if kv_heads is None else [t[:, slice(*kv_heads)] for t in whole])
         return self._kernels.KVPools(*sides, row_format(pool.k[some], head_dim))
-
-
-def _unwritten(q_THD: Tensor) -> tuple[Tensor, Tensor]:
-    o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
-    return o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-
-
-def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:
-    """The partial of queries that saw no key."""
-    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-    return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)

@@ -33,7 +33,7 @@ from sps_runtime.attention.flashinfer_calls import Call, Calls, Ints, Items, pla
 from sps_runtime.attention.flashinfer_items import as_runs, by_head, of_lists, of_runs
 from sps_runtime.attention.flashinfer_wrappers import Planned, Wrappers
 from sps_runtime.ops.kv_rows import row_format
-from sps_runtime.ops.merge_state import merge_rows_, merge_states
+from sps_runtime.ops.merge_state import empty_state, merge_rows_, merge_states
 
 REMEMBERED = 8
 """Lists of runs whose plans are kept: those of a step, by window and range of heads."""
@@ -104,7 +104,7 @@ class FlashInferBackend:
         kv_heads: tuple[int, int] | None = None,
     ) -> Partial:
         if not runs or not q_THD.numel():
-            return _nothing(q_THD)
+            return Partial(*empty_state(q_THD))
         pools = _cut_heads(pool, kv_heads)
         layout = _layout(q_THD, pools)
         key = (id(runs), layout, scale, window)
@@ -122,7 +122,7 @@ class FlashInferBackend:
     ) -> Partial:
         items = lists.items.cpu().numpy().astype(np.int64)
         if not len(items) or not q_THD.numel():
-            return _nothing(q_THD)
+            return Partial(*empty_state(q_THD))
         if (items[:, 7] == _heads(pool)).all():
             layout = _layout(q_THD, pool)
             key = (id(lists), layout, scale, window)
@@ -239,7 +239,7 @@ class FlashInferBackend:
             call, planned = calls[0]
             o, lse = planned.run(q_THD, *_sides(pool, call.pool, layout))
             return Partial(o, lse.mul_(LN2))
-        partial = _nothing(q_THD)
+        partial = Partial(*empty_state(q_THD))
         seen: set[int] = set()
         for call, planned in calls:
             rows = planned.rows
@@ -342,12 +342,6 @@ def _sides(pool: PagePool, index: int, layout: _Layout) -> tuple[Tensor, Tensor]
     if kv_format != "fp8_e4m3":
         raise ValueError(f"FlashInfer reads no {kv_format} pages")
     return k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
-
-
-def _nothing(q_THD: Tensor) -> Partial:
-    """The partial of queries that saw no key."""
-    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-    return Partial(o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32))
 
 
 def _base2(partial: Partial) -> tuple[Tensor, Tensor]:

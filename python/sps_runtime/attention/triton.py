@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
 from sps_runtime.attention.run_lists import RunListCache
+from sps_runtime.ops.merge_state import empty_state, unwritten_state
 from sps_runtime.ops.triton.attention import Sizes, paged_attention
 from sps_runtime.ops.triton.pools import PoolTables
 from sps_runtime.ops.triton.states import merge_states
@@ -69,12 +70,13 @@ class TritonBackend:
         kv_heads: tuple[int, int] | None = None,
     ) -> Partial:
         if not runs:
-            return _empty(q_THD)
+            return Partial(*empty_state(q_THD))
         k, v = (_heads(side, kv_heads) for side in (pool.k, pool.v))
         shared = next(tensor.shape[1] for tensor in k if len(tensor))
         found = self._runs.get(runs, shared, q_THD.device)
         sizes = Sizes(found.longest, shared, found.pages, self._processors_of(q_THD.device))
-        partial = _unwritten(q_THD) if found.rows == len(q_THD) else _empty(q_THD)
+        made = unwritten_state if found.rows == len(q_THD) else empty_state
+        partial = Partial(*made(q_THD))
         self._attend(q_THD, PagePool(k, v, pool.slots_per_rank), found.lists, partial, sizes, scale,
                      window)  # fmt: skip
         return partial
@@ -88,7 +90,7 @@ class TritonBackend:
         scale: float,
         window: int | None = None,
     ) -> Partial:
-        partial = _unwritten(q_THD) if lists.complete else _empty(q_THD)
+        partial = Partial(*(unwritten_state if lists.complete else empty_state)(q_THD))
         if len(lists.items):
             sizes = None
             if lists.standing:
@@ -181,14 +183,3 @@ def _arrays(lists: PageLists) -> tuple[Tensor, Tensor, Tensor]:
 
 def _heads(pools: Sequence[Tensor], kv_heads: tuple[int, int] | None) -> list[Tensor]:
     return [pool if kv_heads is None else pool[:, slice(*kv_heads)] for pool in pools]
-
-
-def _unwritten(q_THD: Tensor) -> Partial:
-    o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
-    return Partial(o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32))
-
-
-def _empty(q_THD: Tensor) -> Partial:
-    """The partial of queries that saw no key."""
-    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-    return Partial(o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32))

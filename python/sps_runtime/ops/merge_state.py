@@ -21,6 +21,18 @@ import torch
 from torch import Tensor
 
 
+def empty_state(q_THD: Tensor) -> tuple[Tensor, Tensor]:
+    """The partial of queries that saw no key: fp32 zeros, and -inf."""
+    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
+    return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
+
+
+def unwritten_state(q_THD: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the partial of queries all of which will be written."""
+    o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
+    return o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
 def merge_state(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two partials.
 

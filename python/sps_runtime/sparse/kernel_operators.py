@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sps_runtime.ops.merge_state import empty_state
 from sps_runtime.sparse.estimators.patterns import random_shares
 from sps_runtime.sparse.estimators.registry import BLOCK, RANDOM
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
@@ -167,7 +168,7 @@ class KernelSparseOperators:
     ) -> tuple[Tensor, Tensor]:
         if not _fits(summaries.head_dim):
             return self._torch.tail(q_THD, queries, chosen, summaries, scale, onto)
-        o_THD, lse_TH = _empty(q_THD) if onto is None else onto
+        o_THD, lse_TH = empty_state(q_THD) if onto is None else onto
         self._kernels.tail_attention(
             q_THD,
             queries.blocks,
@@ -183,12 +184,6 @@ class KernelSparseOperators:
             threads=self._threads,
         )
         return o_THD, lse_TH
-
-
-def _empty(q_THD: Tensor) -> tuple[Tensor, Tensor]:
-    """The partial of queries that saw no key."""
-    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-    return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
 
 
 def scored_rows(queries: QueryBlocks, settings: SparseSettings) -> npt.NDArray[np.int64]:

@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sps_runtime.ops.merge_state import empty_state
 from sps_runtime.ops.triton.choice import Limits, choose_pages
-from sps_runtime.ops.triton.mean_tail import nothing, tail_attention
+from sps_runtime.ops.triton.mean_tail import tail_attention
 from sps_runtime.ops.triton.page_summary import summarise_pages
 from sps_runtime.ops.triton.pools import PoolTables
 from sps_runtime.ops.triton.scores import ScoredBlocks, page_masses, page_shares
@@ -123,7 +124,7 @@ class TritonSparseOperators:
         scale: float,
         onto: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        o_THD, lse_TH = nothing(q_THD) if onto is None else onto
+        o_THD, lse_TH = empty_state(q_THD) if onto is None else onto
 
         def there(array: Tensor) -> Tensor:
             return array.to(q_THD.device, non_blocking=True)

@@ -108,9 +108,3 @@ def tail_attention(
         GROUP=group, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m,
         BLOCK_N=16 if wide else 32, ONTO=onto,
     )  # fmt: skip
-
-
-def nothing(q_THD: Tensor) -> tuple[Tensor, Tensor]:
-    """The partial of queries that saw no key."""
-    o_THD = q_THD.new_zeros(q_THD.shape, dtype=torch.float32)
-    return o_THD, q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32)
