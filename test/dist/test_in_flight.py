@@ -15,10 +15,10 @@ from test.dist.helpers.planner import Planner, Request, Shape
 from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
 
 from sps_runtime.attention.backend import Partial
-from sps_runtime.attention.sequence_parallel.baton import Baton
-from sps_runtime.attention.sequence_parallel.cut import cut
-from sps_runtime.attention.sequence_parallel.in_flight import Flight
-from sps_runtime.attention.sequence_parallel.parcels import Courier
+from sps_runtime.attention.sequence_parallel.in_flight.baton import Baton
+from sps_runtime.attention.sequence_parallel.in_flight.cut import cut
+from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
+from sps_runtime.attention.sequence_parallel.in_flight.parcels import Courier
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.types.plan import SequencePlan, StepPlan
 from sps_runtime.types.tokens import pack_ids

@@ -11,7 +11,7 @@ from test.dist.helpers.planner import Planner, Request, Shape
 from test.dist.helpers.thread_engine import ThreadEngine, drive
 from torch import Tensor
 
-from sps_runtime.attention.sequence_parallel.flying_stride import FlyingStride
+from sps_runtime.attention.sequence_parallel.in_flight.stride import FlyingStride
 from sps_runtime.types.attention import AttentionSpec, SparseSettings
 
 PAGES = {16: 700, 64: 200}

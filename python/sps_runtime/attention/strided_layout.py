@@ -1,6 +1,6 @@
 """Which tokens stride attention keeps at each level, and who sends them to whom: integers only.
 
-CSPS (the baseline `attention.sequence_parallel.stride` computes): at a level with stride s a head
+CSPS (the baseline that `sequence_parallel.stride` computes): at a level with stride s a head
 of phase p keeps the tokens t with t = p (mod s), of queries, keys and values alike. Counted by
 ``j = (t - p) / s`` the kept tokens of a sequence are consecutive, and a page of B tokens keeps
 B / s of every phase; so a level is causal attention over shorter pages, and runs as any other.

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.sequence_parallel.in_flight import Flight
+from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
 from sps_runtime.layers.placement import GroupLinks, WholeWeights
 from sps_runtime.layers.step import StepContext
 from sps_runtime.ops.weight import Weight

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.sequence_parallel.build import sequence_attention, sparse_counters
-from sps_runtime.attention.sequence_parallel.decode import DecodeAttention
-from sps_runtime.attention.sequence_parallel.in_flight import Flight, flight_of
+from sps_runtime.attention.sequence_parallel.exact.decode import DecodeAttention
+from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight, flight_of
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.config.parallel import Arch
 from sps_runtime.layers.placement import GroupLinks, place

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.decode_inputs import DecodeInputs
-from sps_runtime.attention.sequence_parallel.decode import (
+from sps_runtime.attention.sequence_parallel.exact.decode import (
     DecodeAttention,
     capacity_for,
     decode_inputs,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.sequence_parallel.partials import pack, unpack
+from sps_runtime.attention.sequence_parallel.exact.partials import pack, unpack
 from sps_runtime.ops import reference
 from sps_runtime.ops.triton.states import merge_states, pack_partial
 

@@ -18,11 +18,11 @@ from sps_runtime.types.plan import StepPlan
 _HERE = "sps_runtime.attention.sequence_parallel"
 
 STRATEGIES = {
-    "pass_kv": f"{_HERE}.pass_kv:PassKV",
-    "pass_q": f"{_HERE}.pass_q:PassQ",
-    "ulysses": f"{_HERE}.ulysses:Ulysses",
-    "replicated": f"{_HERE}.replicated:Replicated",
-    "csa": f"{_HERE}.csa:SparsePassKV",
+    "pass_kv": f"{_HERE}.exact.pass_kv:PassKV",
+    "pass_q": f"{_HERE}.exact.pass_q:PassQ",
+    "ulysses": f"{_HERE}.exact.ulysses:Ulysses",
+    "replicated": f"{_HERE}.exact.replicated:Replicated",
+    "csa": f"{_HERE}.csa.prefill:SparsePassKV",
 }
 """Name -> ``module:class``; each class takes a `StepState` and is a `SequenceAttention`."""
 

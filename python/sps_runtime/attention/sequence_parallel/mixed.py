@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.sequence_parallel.sparse_decode import SparseDecode
+from sps_runtime.attention.sequence_parallel.csa.decode import SparseDecode
 from sps_runtime.attention.sequence_parallel.step import StepState
-from sps_runtime.attention.sequence_parallel.stride import Stride
+from sps_runtime.attention.sequence_parallel.stride.prefill import Stride
 from sps_runtime.attention.shard_layout import ShardLayout
 from sps_runtime.types.attention import SparseCounters, SparseSettings
 from sps_runtime.types.plan import StepPlan

@@ -150,7 +150,7 @@ def pack_partial(
 ) -> Tensor:
     """Partials as one flat uint8 message: lse in fp32, then o rounded to `dtype`.
 
-    It is `attention.sequence_parallel.partials`' form, so that its `unpack` gives views of it.
+    It is the form of `sequence_parallel.exact.partials`, so that its `unpack` gives views of it.
 
     Args:
         o_THD, lse_TH: as in `merge_states`; o is not read where lse is -inf, 0 is sent.

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, PagePool, Partial
-from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
-from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
+from sps_runtime.attention.sequence_parallel.csa.counts import BlockCounts, SparseCounts
+from sps_runtime.attention.sequence_parallel.csa.measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
 from sps_runtime.attention.sparse_audit import Audit, Probe, sample_superblocks

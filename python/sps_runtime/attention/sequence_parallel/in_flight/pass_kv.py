@@ -1,16 +1,16 @@
-"""Pass-KV in flight: KV of one block crosses while others compute (`in_flight`)."""
+"""Pass-KV in flight: KV of one block crosses while others compute (`flight`)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sps_runtime.attention.sequence_parallel.in_flight import Flight
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare
-from sps_runtime.attention.sequence_parallel.parcels import Courier, plan_parcels
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare
+from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
+from sps_runtime.attention.sequence_parallel.in_flight.parcels import Courier, plan_parcels
 
 
 class FlyingPassKV:
-    """`in_flight.Flying`: pages that are here are attended to first, then those that came."""
+    """`flight.Flying`: pages that are here are attended to first, then those that came."""
 
     everywhere = False
 

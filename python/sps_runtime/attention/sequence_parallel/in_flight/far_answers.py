@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from sps_runtime.attention.page_reads import Mask
-from sps_runtime.attention.sequence_parallel.far_pages import (
+from sps_runtime.attention.sequence_parallel.csa.far_pages import (
     FarPages,
     Units,
     bits_room,
     unpack_bits,
 )
-from sps_runtime.attention.sequence_parallel.in_flight import Flight
+from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
 from sps_runtime.attention.shard_layout import Ints
 from sps_runtime.distributed.communicator import Pending
 

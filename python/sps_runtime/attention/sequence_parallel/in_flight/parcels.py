@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool, Partial, QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, query_runs
-from sps_runtime.attention.sequence_parallel.in_flight import LEAD, OLD, Flight
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, share_partial
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, share_partial
+from sps_runtime.attention.sequence_parallel.in_flight.flight import LEAD, OLD, Flight
 from sps_runtime.attention.shard_layout import Ints, Runs
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.kvstore.transfer import Shipment, Staging

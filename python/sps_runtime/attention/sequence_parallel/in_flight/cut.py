@@ -1,4 +1,4 @@
-"""A long prefill cut into blocks of positions, which fly as micro-batches (`in_flight`)."""
+"""A long prefill cut into blocks of positions, which fly as micro-batches (`flight`)."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, query_runs
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.step import StepState
-from sps_runtime.attention.sequence_parallel.stride_counts import StrideCounts
-from sps_runtime.attention.sequence_parallel.stride_level import PARTS, TAGS, LevelExchange
+from sps_runtime.attention.sequence_parallel.stride.counts import StrideCounts
+from sps_runtime.attention.sequence_parallel.stride.level import PARTS, TAGS, LevelExchange
 from sps_runtime.attention.strided_layout import levels_of
 from sps_runtime.types.attention import SparseCounters, SparseSettings
 

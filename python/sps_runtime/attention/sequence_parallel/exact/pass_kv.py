@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.step import StepState
 
 

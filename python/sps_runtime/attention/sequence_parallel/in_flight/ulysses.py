@@ -1,7 +1,7 @@
 """Ulysses in flight: queries, keys, values and outputs of one block cross while others compute.
 
 Every rank attends to all tokens of every block, with its own heads. Outputs return block by block,
-and their projection starts at once (`in_flight`, `ulysses`).
+and their projection starts at once (`flight`, `exact.ulysses`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.sequence_parallel.in_flight import Flight
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare
-from sps_runtime.attention.sequence_parallel.parcels import Courier, plan_parcels
-from sps_runtime.attention.sequence_parallel.ulysses import head_shares, laid_end_to_end
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare
+from sps_runtime.attention.sequence_parallel.exact.ulysses import head_shares, laid_end_to_end
+from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
+from sps_runtime.attention.sequence_parallel.in_flight.parcels import Courier, plan_parcels
 from sps_runtime.distributed.communicator import Pending
 
 QUERIES, OUTPUTS = 1, 2
@@ -33,7 +33,7 @@ class _Layer:
 
 
 class FlyingUlysses:
-    """`in_flight.Flying`."""
+    """`flight.Flying`."""
 
     everywhere = True
 

@@ -1,4 +1,4 @@
-"""Block-sparse attention in flight: three phases of every block overlap with other blocks (`csa`).
+"""Block-sparse attention in flight: three phases of every block overlap with other blocks.
 
 A block is a few superblocks of one rank. When its KV is written, summaries of its pages leave for
 every member that comes later; when those of earlier pages have come, it chooses, asks the owners
@@ -18,7 +18,12 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import Mask, cut_pieces, needed, query_runs
-from sps_runtime.attention.sequence_parallel.far_answers import (
+from sps_runtime.attention.sequence_parallel.csa.counts import BlockCounts, SparseCounts
+from sps_runtime.attention.sequence_parallel.csa.far_pages import FarPages, Mirror, Units, pack_bits
+from sps_runtime.attention.sequence_parallel.csa.measure import SparseMeasure
+from sps_runtime.attention.sequence_parallel.csa.new_summaries import NewSummaries
+from sps_runtime.attention.sequence_parallel.csa.rows import SparseRows
+from sps_runtime.attention.sequence_parallel.in_flight.far_answers import (
     KEYS,
     QUESTION,
     SUMMARIES,
@@ -27,12 +32,7 @@ from sps_runtime.attention.sequence_parallel.far_answers import (
     Clerk,
     Coming,
 )
-from sps_runtime.attention.sequence_parallel.far_pages import FarPages, Mirror, Units, pack_bits
-from sps_runtime.attention.sequence_parallel.in_flight import HURRY, LEAD, OLD, Flight, Turn
-from sps_runtime.attention.sequence_parallel.new_summaries import NewSummaries
-from sps_runtime.attention.sequence_parallel.sparse_counts import BlockCounts, SparseCounts
-from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
-from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
+from sps_runtime.attention.sequence_parallel.in_flight.flight import HURRY, LEAD, OLD, Flight, Turn
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints, Runs
 from sps_runtime.attention.sparse_blocks import (
@@ -88,7 +88,7 @@ class _Block:
 
 
 class FlyingCsa:
-    """`in_flight.Flying` of a step that prefills one sequence sparsely."""
+    """`flight.Flying` of a step that prefills one sequence sparsely."""
 
     everywhere = False
 

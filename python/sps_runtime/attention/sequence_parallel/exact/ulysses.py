@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, query_runs
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Runs
 from sps_runtime.distributed.mesh import shares

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial, QueryRun
 from sps_runtime.attention.page_reads import Mask
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare
-from sps_runtime.attention.sequence_parallel.partials import pack, packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare
+from sps_runtime.attention.sequence_parallel.exact.partials import pack, packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.exact.ulysses import head_shares
 from sps_runtime.attention.sequence_parallel.step import StepState
-from sps_runtime.attention.sequence_parallel.stride_keys import (
+from sps_runtime.attention.sequence_parallel.stride.keys import (
     Segment,
     StridedKeys,
     unit_pool,
     unreachable,
 )
-from sps_runtime.attention.sequence_parallel.ulysses import head_shares
 from sps_runtime.attention.strided_layout import OUTSIDE, Level, StridedLayout
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.ops.merge_state import merge_rows_

@@ -26,7 +26,12 @@ from sps_runtime.attention.page_reads import (
     packed_rows,
     query_runs,
 )
-from sps_runtime.attention.sequence_parallel.partials import merge_home, pack, packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.exact.partials import (
+    merge_home,
+    pack,
+    packed_bytes,
+    unpack,
+)
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
 

@@ -1,5 +1,5 @@
 """Stride attention in flight: kept keys, queries, values and outputs of one block cross while
-others compute (`stride`).
+others compute (`stride.prefill`).
 
 Every rank attends in every block, with its own heads. A block's keys, queries and values leave when
 they are written, in this order; a rank without rows of a block answers it ahead of its own blocks,
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial, QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, query_runs
-from sps_runtime.attention.sequence_parallel.in_flight import HURRY, LEAD, OLD, Flight, Turn
-from sps_runtime.attention.sequence_parallel.stride_counts import StrideCounts
-from sps_runtime.attention.sequence_parallel.stride_level import LevelExchange
+from sps_runtime.attention.sequence_parallel.in_flight.flight import HURRY, LEAD, OLD, Flight, Turn
+from sps_runtime.attention.sequence_parallel.stride.counts import StrideCounts
+from sps_runtime.attention.sequence_parallel.stride.level import LevelExchange
 from sps_runtime.attention.strided_layout import Level, levels_of
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.types.attention import SparseCounters
@@ -170,7 +170,7 @@ class FlyingLevel:
 
 
 class FlyingStride:
-    """`in_flight.Flying`."""
+    """`flight.Flying`."""
 
     everywhere = True
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, Partial, QueryRun
-from sps_runtime.attention.sequence_parallel.decode_exchange import bring_home, gather_queries
-from sps_runtime.attention.sequence_parallel.last_rows import LastRows
+from sps_runtime.attention.sequence_parallel.csa.last_rows import LastRows
+from sps_runtime.attention.sequence_parallel.exact.decode_exchange import bring_home, gather_queries
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
 from sps_runtime.ops.merge_state import merge_state

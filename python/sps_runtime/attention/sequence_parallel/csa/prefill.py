@@ -3,8 +3,8 @@
 A page is summarised when it has been written, behind the same fence as its keys; each query block
 then chooses among the pages before it (`sparse.operators`), attends to them where they lie, or
 where they came from another host (`far_pages`), and lets means stand for the others. In the same
-step other sequences read all their pages (`kv_reads`), and so do layers with a window. ADR 9 has
-the method and its figures.
+step other sequences read all their pages (`exact.kv_reads`), and so do layers with a window. ADR 9
+has the method and its figures.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import needed
-from sps_runtime.attention.sequence_parallel.far_pages import FarExchange, FarPages
-from sps_runtime.attention.sequence_parallel.kv_reads import HeadShare, KVReads
-from sps_runtime.attention.sequence_parallel.new_summaries import NewSummaries
-from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
-from sps_runtime.attention.sequence_parallel.sparse_measure import SparseMeasure
-from sps_runtime.attention.sequence_parallel.sparse_rows import SparseRows
+from sps_runtime.attention.sequence_parallel.csa.counts import SparseCounts
+from sps_runtime.attention.sequence_parallel.csa.far_pages import FarExchange, FarPages
+from sps_runtime.attention.sequence_parallel.csa.measure import SparseMeasure
+from sps_runtime.attention.sequence_parallel.csa.new_summaries import NewSummaries
+from sps_runtime.attention.sequence_parallel.csa.rows import SparseRows
+from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.sparse_blocks import (
     alone_pages,

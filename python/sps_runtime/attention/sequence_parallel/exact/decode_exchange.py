@@ -7,7 +7,12 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import RowSet
-from sps_runtime.attention.sequence_parallel.partials import merge_home, pack, packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.exact.partials import (
+    merge_home,
+    pack,
+    packed_bytes,
+    unpack,
+)
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.distributed.mesh import shares
 

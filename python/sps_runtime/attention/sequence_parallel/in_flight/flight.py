@@ -6,7 +6,7 @@ must wait for a message lends the core to the next block. What a block made for 
 soon as it is made, before its own attention and mostly a layer before a reader waits for it.
 
 Every member derives the same blocks and messages from the plan. What crosses, and who attends to
-what, is a strategy's own: `flying_pass_kv`, `flying_ulysses`, `flying_csa`, `flying_stride`.
+what, is a strategy's own: `pass_kv`, `ulysses`, `csa`, `stride`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.page_reads import Mask, needed
-from sps_runtime.attention.sequence_parallel.baton import Baton
-from sps_runtime.attention.sequence_parallel.cut import cut
+from sps_runtime.attention.sequence_parallel.in_flight.baton import Baton
+from sps_runtime.attention.sequence_parallel.in_flight.cut import cut
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints, Runs, ShardLayout
 from sps_runtime.distributed.communicator import Pending
@@ -39,12 +39,12 @@ BEGIN = -1
 OLD = 0
 """The parcel of pages that were there before the step; block b's is 1 + b."""
 
-_HERE = "sps_runtime.attention.sequence_parallel"
+_HERE = "sps_runtime.attention.sequence_parallel.in_flight"
 FLYING = {
-    "pass_kv": f"{_HERE}.flying_pass_kv:FlyingPassKV",
-    "ulysses": f"{_HERE}.flying_ulysses:FlyingUlysses",
-    "csa": f"{_HERE}.flying_csa:FlyingCsa",
-    "stride": f"{_HERE}.flying_stride:FlyingStride",
+    "pass_kv": f"{_HERE}.pass_kv:FlyingPassKV",
+    "ulysses": f"{_HERE}.ulysses:FlyingUlysses",
+    "csa": f"{_HERE}.csa:FlyingCsa",
+    "stride": f"{_HERE}.stride:FlyingStride",
 }
 """Strategy -> ``module:class``; each class takes a `Flight` and is a `Flying`."""
 

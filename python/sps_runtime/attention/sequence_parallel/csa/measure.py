@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import QueryRun
-from sps_runtime.attention.sequence_parallel.sparse_counts import SparseCounts
+from sps_runtime.attention.sequence_parallel.csa.counts import SparseCounts
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
 from sps_runtime.attention.sparse_blocks import SparseBlocks

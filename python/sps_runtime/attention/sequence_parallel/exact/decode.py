@@ -16,7 +16,7 @@ from torch import Tensor
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.context import AttentionContext
 from sps_runtime.attention.decode_inputs import DecodeInputs, PageReaders
-from sps_runtime.attention.sequence_parallel.partials import packed_bytes, unpack
+from sps_runtime.attention.sequence_parallel.exact.partials import packed_bytes, unpack
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
 from sps_runtime.types.attention import AttentionSpec
