@@ -89,9 +89,9 @@ def quantized(weights: str, flag: str) -> Pair:
 
 
 def sparse(density: float, budget: float, tokens: int) -> Pair:
-    """Block-sparse prefill on both sides. Random weights attend almost uniformly, so their threshold
-    of a mass is a share of blocks; ours keeps its budget's share, and what is always read besides
-    (superblocks, the sink) makes it `density` at this length."""
+    """Block-sparse prefill on both sides. Random weights attend almost uniformly, so the peer's
+    threshold of a mass is a share of blocks; ours keeps its budget's share, and what is always
+    read besides (the latest pages, the sink) makes it `density` at this length."""
     percent = round(100 * density)
     other = Side(f"openvino_xattention_{percent}", "openvino", density=density)
     csa = ("--attention-mode", "csa", "--csa-min-tokens", "1", "--csa-budget", str(budget))

@@ -184,6 +184,15 @@ def test_items_instead_of_a_store(server: Scripted) -> None:
     )
 
 
+def test_other_servers_sampling_options_are_honoured(server: Scripted) -> None:
+    told = {"ignore_eos": True, "stop": None, "seed": 7, "top_k": 3, "min_tokens": 2}
+    server.ask("Well", extra_body=told, max_output_tokens=9)
+    sampling = server.live.engine.requests[-1].sampling
+    assert (sampling.ignore_eos, sampling.top_k, sampling.max_new_tokens) == (True, 3, 9)
+    assert (sampling.seed, sampling.min_new_tokens) == (7, 2)
+    assert server.ask("One, two, three", extra_body={"stop": ", three"}).output_text == "One, two"
+
+
 def test_formats_and_choices_are_grammars(server: Scripted) -> None:
     server.ask("x", text={"format": {"type": "text"}})
     assert not server.grammar()

@@ -11,6 +11,7 @@ import msgspec
 
 from sps_runtime.frontend.query import Query
 from sps_runtime.server.body import is_nothing, nothing
+from sps_runtime.server.sampling_fields import SamplingFields
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.grammar import ANY_JSON_OBJECT, GrammarKind, GrammarSpec
 
@@ -56,8 +57,8 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     structural_tag: Any = None
 
 
-class GrammarFields(msgspec.Struct, kw_only=True):
-    """What an OpenAI route takes: its own, SGLang's, and vLLM's names."""
+class GrammarFields(SamplingFields, kw_only=True):
+    """What an OpenAI route takes besides: its own, SGLang's, and vLLM's names of grammars."""
 
     response_format: ResponseFormat | None = None
     regex: str | None = None

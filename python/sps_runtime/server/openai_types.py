@@ -26,24 +26,6 @@ class OpenAIBody(GrammarFields, kw_only=True):
 
     model: str | None = None
     max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_regex: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None
-    include_stop_str_in_output: bool | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -56,26 +38,7 @@ class OpenAIBody(GrammarFields, kw_only=True):
 
     def sampling(self, max_new_tokens: int | None) -> SamplingOptions:
         """Return the options in the gate's words."""
-        return SamplingOptions(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=self.logit_bias,
-            sampling_seed=self.seed,
-            stop=self.stop,
-            stop_regex=self.stop_regex,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            skip_special_tokens=self.skip_special_tokens,
-            no_stop_trim=bool(self.no_stop_trim or self.include_stop_str_in_output),
-            n=self.n,
-        )
+        return self.sampling_options(max_new_tokens, self.n)
 
 
 class CompletionBody(OpenAIBody, kw_only=True):

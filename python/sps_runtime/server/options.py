@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from sps_runtime.server.body import decode, is_nothing
+from sps_runtime.server.sampling_fields import SamplingFields
 from sps_runtime.types.errors import InvalidRequest
 
 IGNORED_HEADER = "x-sps-ignored"
@@ -79,25 +80,12 @@ _GRAMMARS = {
 }
 _ELSEWHERE = {
     "n",
-    "seed",
-    "stop",
-    "stop_regex",
-    "stop_token_ids",
-    "min_p",
-    "min_tokens",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
     "logprobs",
     "echo",
     "max_new_tokens",
     "chat_template",
     "chat_template_kwargs",
     "continue_final_message",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
     "reasoning_effort",
     "enable_thinking",
 }
@@ -162,6 +150,7 @@ ANTHROPIC = frozenset(
     | _SAMPLERS
     | _GRAMMARS
     | _ELSEWHERE
+    | set(SamplingFields.__struct_fields__)
 )
 RESPONSES_API = frozenset(
     {

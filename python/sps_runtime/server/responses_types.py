@@ -9,6 +9,7 @@ import msgspec
 from sps_runtime.frontend.attention_options import AttentionOptions
 from sps_runtime.frontend.query import SamplingOptions
 from sps_runtime.server.grammars import Grammar, given
+from sps_runtime.server.sampling_fields import SamplingFields
 from sps_runtime.server.tools import Choice, Function, NamedFunction, NamedTool, Tool, as_tools
 from sps_runtime.types.errors import InvalidRequest
 from sps_runtime.types.grammar import ANY_JSON_OBJECT
@@ -66,7 +67,7 @@ class TextConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     format: TextFormat | None = None
 
 
-class ResponsesBody(msgspec.Struct, kw_only=True):
+class ResponsesBody(SamplingFields, kw_only=True):
     """POST /v1/responses."""
 
     input: str | list[Item]
@@ -76,8 +77,6 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     store: bool | None = None
     stream: bool | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     tools: list[ResponsesTool] | None = None
     tool_choice: Choice | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -87,11 +86,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
 
     def sampling(self) -> SamplingOptions:
         """Return the options in the gate's words."""
-        return SamplingOptions(
-            max_new_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-        )
+        return self.sampling_options(self.max_output_tokens)
 
     def grammar(self) -> Grammar | None:
         """Return what ``text.format`` asks for."""
