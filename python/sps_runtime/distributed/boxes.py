@@ -20,8 +20,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
-from sps_runtime.distributed.exchange import TorchSum, as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.communicator import Communicator, Pending, Traffic
+from sps_runtime.distributed.exchange import CarrierCommunicator
 from sps_runtime.distributed.futex import Futex
 from sps_runtime.distributed.regions import LINE
 
@@ -85,7 +85,7 @@ def counter_bytes(world_size: int) -> int:
 
 
 class BoxMailroom:
-    """One rank's ends of all boxes.
+    """One rank's `Mailroom` and `Carrier`: its ends of all boxes.
 
     Args:
         boxes: as this rank can read and write them.
@@ -108,7 +108,7 @@ class BoxMailroom:
         timeout_s: float = 60.0,
         spin_s: float = 0.0,
     ) -> None:
-        self.rank, self.traffic, self.side = rank, traffic, side
+        self.rank, self.traffic, self._side = rank, traffic, side
         self._boxes, self._moments = boxes, moments
         words = np.frombuffer(memory, dtype=np.int64, count=counter_bytes(world_size) // 8)
         self._base = int(words.ctypes.data)
@@ -120,12 +120,13 @@ class BoxMailroom:
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
         found = self._groups.get(global_ranks)
         if found is None:
-            found = self._groups[global_ranks] = BoxCommunicator(self, global_ranks)
+            found = self._groups[global_ranks] = CarrierCommunicator(self, global_ranks)
         return found
 
     def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
-        """Launch all copies, by global rank, flat bytes. Every rank sends its n-th piece before it
-        takes others' n-th, so that nobody waits for who waits for it.
+        """Launch all copies, in the order of the current stream: the host does not wait for them.
+        Every rank sends its n-th piece before it takes others' n-th, so that nobody waits for who
+        waits for it.
 
         Raises:
             ConnectionError: a peer did not launch its part in time.
@@ -139,6 +140,11 @@ class BoxMailroom:
             for peer, data in incoming.items():
                 if begin < data.numel():
                     self._take(peer, data[begin : begin + size])
+
+    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int) -> Pending:
+        with self._side.behind():
+            self.move(outgoing, incoming)
+        return _OnSide(self._side, (outgoing, incoming))
 
     def _put(self, peer: int, piece: Tensor) -> None:
         number = int(self._counts[0, self.rank, peer])
@@ -180,40 +186,6 @@ class BoxMailroom:
     def _address(self, kind: int, sender: int, receiver: int) -> int:
         world = self._counts.shape[1]
         return self._base + ((kind * world + sender) * world + receiver) * LINE
-
-
-class BoxCommunicator(TorchSum):
-    """One rank's `Communicator` of a group."""
-
-    def __init__(self, mailroom: BoxMailroom, global_ranks: tuple[int, ...]) -> None:
-        self._mailroom = mailroom
-        self._members = global_ranks
-        self.rank = global_ranks.index(mailroom.rank)
-        self.size = len(global_ranks)
-        self.traffic = mailroom.traffic
-
-    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
-        """As every exchange, in the order of the current stream: the host does not wait for it."""
-        check(send, recv, self.size)
-        copy_own(send, recv, self.rank)
-        count_sent(self.traffic, send, self.rank, kind)
-        outgoing, incoming = self._by_rank(send), self._by_rank(recv)
-        if outgoing or incoming:
-            self._mailroom.move(outgoing, incoming)
-
-    def start(
-        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
-    ) -> Pending:
-        with self._mailroom.side.behind():
-            self.exchange(send, recv, kind)
-        return _OnSide(self._mailroom.side, (send, recv))
-
-    def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-        return {
-            self._members[member]: as_bytes(tensor)
-            for member, tensor in enumerate(tensors)
-            if member != self.rank and tensor.numel()
-        }
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
 from mmap import mmap
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
-from sps_runtime.distributed.exchange import Done, TorchSum, as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.communicator import Communicator, Pending, Traffic
+from sps_runtime.distributed.exchange import CarrierCommunicator, Done
 from sps_runtime.distributed.futex import Futex
 from sps_runtime.distributed.regions import LINE, doorbell_bytes, link_bytes
 
@@ -76,7 +75,7 @@ class _Ring:
 
 
 class SharedMemoryMailroom:
-    """One rank's rings and doorbell.
+    """One rank's `Mailroom` and `Carrier`: its rings and doorbell.
 
     Args:
         memory: ``regions.link_bytes(world_size, ring_bytes)`` bytes, shared by all ranks, zero at
@@ -117,15 +116,23 @@ class SharedMemoryMailroom:
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
         found = self._groups.get(global_ranks)
         if found is None:
-            found = self._groups[global_ranks] = SharedMemoryCommunicator(self, global_ranks)
+            found = self._groups[global_ranks] = CarrierCommunicator(self, global_ranks)
         return found
 
-    def move(self, outgoing: dict[int, Bytes], incoming: dict[int, Bytes]) -> None:
-        """Send and receive everything, by global rank; both dicts are emptied on the way.
+    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int) -> Pending:
+        """All of `move`: there is nothing to hide."""
+        self.move(outgoing, incoming)
+        return Done()
 
-        Raises:
-            ConnectionError: when nothing moved for `timeout_s`.
-        """
+    def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
+        """Raises ConnectionError when nothing moved for `timeout_s`."""
+        self._move(
+            {peer: data.numpy() for peer, data in outgoing.items()},
+            {peer: data.numpy() for peer, data in incoming.items()},
+        )
+
+    def _move(self, outgoing: dict[int, Bytes], incoming: dict[int, Bytes]) -> None:
+        """Both dicts are emptied on the way."""
         moved_at = time.monotonic()
         while outgoing or incoming:
             seen = self._words.copy()
@@ -183,33 +190,3 @@ class SharedMemoryMailroom:
             address = int(self._words.ctypes.data) + words[0] * _WORD
             self._futex.wait(address, int(seen[words[0]]), nap)
         self.traffic.exposed_s += time.monotonic() - began
-
-
-class SharedMemoryCommunicator(TorchSum):
-    """One process rank's `Communicator` of a group on its host."""
-
-    def __init__(self, mailroom: SharedMemoryMailroom, global_ranks: tuple[int, ...]) -> None:
-        self._mailroom = mailroom
-        self._members = global_ranks
-        self.rank = global_ranks.index(mailroom.rank)
-        self.size = len(global_ranks)
-        self.traffic = mailroom.traffic
-
-    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
-        check(send, recv, self.size)
-        copy_own(send, recv, self.rank)
-        count_sent(self.traffic, send, self.rank, kind)
-        self._mailroom.move(self._by_rank(send), self._by_rank(recv))
-
-    def start(
-        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
-    ) -> Pending:
-        self.exchange(send, recv, kind)
-        return Done()
-
-    def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Bytes]:
-        return {
-            self._members[member]: as_bytes(tensor).numpy()
-            for member, tensor in enumerate(tensors)
-            if member != self.rank and tensor.numel()
-        }

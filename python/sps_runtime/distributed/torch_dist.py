@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 import torch.distributed
 from torch import Tensor
 
-from sps_runtime.distributed.communicator import Communicator, Kind, Pending, Traffic
-from sps_runtime.distributed.exchange import Done, TorchSum, as_bytes, check, copy_own, count_sent
+from sps_runtime.distributed.communicator import Communicator, Pending, Traffic
+from sps_runtime.distributed.exchange import CarrierCommunicator
 
 # torch's stubs leave out half of what is used here, and name groups by classes that they hide.
 dist: Any = torch.distributed
@@ -110,7 +109,7 @@ def nccl_group(
 
 
 class TorchDistMailroom:
-    """One rank's `Mailroom` over a process group of the whole world.
+    """One rank's `Mailroom` and `Carrier` over a process group of the whole world.
 
     gloo asks for each message by one of its own on the same connection, and a connection's bytes
     keep their order: behind megabytes that leave, a request for others would wait for all of them.
@@ -141,12 +140,14 @@ class TorchDistMailroom:
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
         found = self._groups.get(global_ranks)
         if found is None:
-            found = self._groups[global_ranks] = TorchDistCommunicator(self, global_ranks)
+            found = self._groups[global_ranks] = CarrierCommunicator(self, global_ranks)
         return found
 
+    def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
+        self.traffic.exposed_s += self.start(outgoing, incoming, tag=0).wait()
+
     def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int) -> Pending:
-        """Begin to send and receive flat byte tensors by global rank. gloo moves them in a thread
-        of its own, NCCL on a stream of its own."""
+        """gloo moves messages in a thread of its own, NCCL on a stream of its own."""
         try:
             works = self._post(outgoing, incoming, tag)
         except RuntimeError as error:
@@ -202,33 +203,3 @@ class _Posted:
 def lost_peer(rank: int, error: RuntimeError) -> ConnectionError:
     """What a failed message means."""
     return ConnectionError(f"rank {rank} lost a peer: {error}")
-
-
-class TorchDistCommunicator(TorchSum):
-    """One rank's `Communicator` of a group."""
-
-    def __init__(self, mailroom: TorchDistMailroom, global_ranks: tuple[int, ...]) -> None:
-        self._mailroom = mailroom
-        self._members = global_ranks
-        self.rank = global_ranks.index(mailroom.rank)
-        self.size = len(global_ranks)
-        self.traffic = mailroom.traffic
-
-    def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
-        self.traffic.exposed_s += self.start(send, recv, kind).wait()
-
-    def start(
-        self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind, tag: int = 0
-    ) -> Pending:
-        check(send, recv, self.size)
-        copy_own(send, recv, self.rank)
-        count_sent(self.traffic, send, self.rank, kind)
-        outgoing, incoming = self._by_rank(send), self._by_rank(recv)
-        return self._mailroom.start(outgoing, incoming, tag) if outgoing or incoming else Done()
-
-    def _by_rank(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-        return {
-            self._members[member]: as_bytes(tensor)
-            for member, tensor in enumerate(tensors)
-            if member != self.rank and tensor.numel()
-        }
