@@ -41,13 +41,17 @@ def schema_object(source: str) -> dict[str, Any]:
 
 
 def settled_schema(schema: Any) -> Any:
-    """The schema as answers are held to it: with our rule for whitespace, whatever its own hints
-    say, and with objects that tell their properties closed to others (`closed`)."""
-    if not isinstance(schema, dict):
-        return schema  # true: anything
-    if '"allOf"' not in json.dumps(schema):
-        schema = closed(schema)
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    """The schema as answers are held to it, whatever backend serves it: with objects that tell
+    their properties closed to others (`closed`)."""
+    return schema if '"allOf"' in json.dumps(schema) else closed(schema)
+
+
+def guided_schema(schema: Any) -> Any:
+    """`settled_schema` for llguidance: with our rule for whitespace, whatever its own hints say."""
+    settled = settled_schema(schema)
+    if not isinstance(settled, dict):
+        return settled  # true: anything
+    return {**settled, "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
 
 def closed(schema: Any) -> Any:
@@ -76,7 +80,7 @@ def closed(schema: Any) -> Any:
 
 def json_rule(schema: Any) -> str:
     """Lark for a value of a schema."""
-    return f"%json {json.dumps(settled_schema(schema))}"
+    return f"%json {json.dumps(guided_schema(schema))}"
 
 
 def literal(text: str, special: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sps_runtime.grammar.ebnf import to_lark
-from sps_runtime.grammar.json_pieces import schema_object, settled_schema
+from sps_runtime.grammar.json_pieces import guided_schema, schema_object
 from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary, one_line
 from sps_runtime.grammar.structural_tag import structural_tag_to_lark
 from sps_runtime.types.grammar import GrammarSpec
@@ -58,7 +58,7 @@ class LLGuidance:
         if spec.kind == "regex":
             return str(LLMatcher.grammar_from_regex(_ascii_digits(spec.source)))
         if spec.kind == "json_schema":
-            schema = json.dumps(settled_schema(schema_object(spec.source)))
+            schema = json.dumps(guided_schema(schema_object(spec.source)))
             return str(LLMatcher.grammar_from_json_schema(schema))
         if spec.kind == "structural_tag":
             lark = structural_tag_to_lark(spec.source, self._special)

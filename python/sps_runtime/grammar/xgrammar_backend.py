@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from sps_runtime.grammar.json_pieces import schema_object
+from sps_runtime.grammar.json_pieces import schema_object, settled_schema
 from sps_runtime.grammar.protocol import Allowed, GrammarError, Vocabulary, one_line
 from sps_runtime.grammar.structural_tag import structures_of
 from sps_runtime.types.grammar import GrammarSpec
@@ -76,7 +76,7 @@ class XGrammar:
         if spec.kind == "regex":
             return compiler.compile_regex(spec.source)
         if spec.kind == "json_schema":
-            schema = schema_object(spec.source)
+            schema = settled_schema(schema_object(spec.source))
             return compiler.compile_json_schema(schema, any_whitespace=False, strict_mode=False)
         if spec.kind == "lark":
             return compiler.compile_lark(spec.source)
@@ -143,7 +143,7 @@ def _triggered(source: str) -> dict[str, Any]:
         {
             "type": "tag",
             "begin": begin,
-            "content": {"type": "json_schema", "json_schema": schema},
+            "content": {"type": "json_schema", "json_schema": settled_schema(schema)},
             "end": end,
         }
         for begin, schema, end in structures
