@@ -109,6 +109,7 @@ def make_sections(device: torch.device, top: Ceilings, quick: bool) -> list[Sect
     lengths = (512,) if quick else (8192, 32768)
     cells = ((1, 512), (2, 256)) if quick else ((1, 32768), (1, 131072), (8, 32768), (64, 4096))
     rows = (64,) if quick else (16, 8192)
+    relays = ((4, 256, 64),) if quick else ((2, 8192, 1024), (8, 32768, 1024), (32, 32768, 1024))
     ranks = Ranks(plan, device)
 
     def over_rows(one: Callable[..., Rows]) -> Callable[[Budget], Rows]:
@@ -126,6 +127,7 @@ def make_sections(device: torch.device, top: Ceilings, quick: bool) -> list[Sect
         Section("layers", 1, over_rows(kernels.layers)),
         Section("merges", 0.5, over_rows(kernels.merges)),
         Section("decode attention", 2, lambda b: kernels.decode(device, heads, top, cells, b)),
+        Section("relay attention", 1, lambda b: kernels.relay(device, heads, top, relays, b)),
         Section("prefill attention", 3, lambda b: kernels.prefill(device, heads, top, lengths, b)),
         Section("first tokens", 4, lambda b: whole.first_tokens(ranks.get(), plan, top, b)),
         Section(
@@ -139,7 +141,7 @@ def make_sections(device: torch.device, top: Ceilings, quick: bool) -> list[Sect
         plain = Section(
             "plain FlashInfer", 1, lambda b: kernels.plain_flashinfer(device, heads, lengths, b)
         )
-        sections.insert(4, plain)
+        sections.insert(5, plain)
     return sections
 
 

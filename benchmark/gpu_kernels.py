@@ -15,6 +15,7 @@ from torch import Tensor
 from gpu_timing import Budget, Ceilings, seconds_of
 from sps_runtime.attention.backend import AttentionBackend, PageLists, PagePool, Partial, QueryRun
 from sps_runtime.attention.choose import choose_backend, choose_device_backend
+from sps_runtime.attention.flashinfer import FlashInferBackend
 from sps_runtime.ops.dispatch import choose_ops
 
 Figures = dict[str, float]
@@ -211,6 +212,49 @@ def decode(
             took = seconds_of(run, device)
             yield f"decode_{name}_us_{rows}x{length}", 1e6 * took
             yield f"decode_{name}_share_of_memory_{rows}x{length}", nbytes / took / top.bytes_per_s
+
+
+def relay(
+    device: torch.device, heads: Heads, top: Ceilings, cells: tuple[tuple[int, int, int], ...],
+    budget: Budget,
+) -> Iterator[tuple[str, float]]:  # fmt: skip
+    """Decode attention of rows behind one prefix, each with pages of its own: read once for all of
+    them (FlashInfer's cascade) and by each for itself; share of the memory ceiling by the bytes
+    that have to be read."""
+    found = _relay_backends(device, heads)
+    for rows, prefix, own in cells:
+        pages, own_pages = prefix // heads.page, own // heads.page
+        case = Case(heads, prefix + own * rows, rows, device)
+        length = prefix + own
+        starts = torch.arange(pages + own_pages, dtype=torch.int32) * heads.page
+        tables = [
+            torch.cat((case.ids[:pages], case.ids[pages + row * own_pages :][:own_pages]))
+            for row in range(rows)
+        ]
+        runs = [QueryRun(i, 1, length - 1, ids, starts, length) for i, ids in enumerate(tables)]
+        nbytes = 2 * (pages + rows * own_pages) * case.k[0].nbytes
+        cell, took = f"{rows}x{prefix}+{own}", {}
+        for name, backend in found.items():
+            if budget.over:
+                return
+            run = partial(backend.partial, case.q, runs, case.pool, scale=case.scale)
+            took[name] = seconds_of(run, device)
+            yield f"relay_{name}_us_{cell}", 1e6 * took[name]
+            yield f"relay_{name}_share_of_memory_{cell}", nbytes / took[name] / top.bytes_per_s
+        if len(took) == 2:
+            yield f"relay_speedup_{cell}", took["plain"] / took["shared"]
+
+
+def _relay_backends(device: torch.device, heads: Heads) -> dict[str, AttentionBackend]:
+    if device.type == "cpu":
+        return {"plain": next(iter(backends(device, heads).values()))}
+    library: Any = importlib.import_module("flashinfer")
+    torch_backend = choose_device_backend("torch", device, dtype=torch.bfloat16, head_dim=heads.dim)
+    never = 1 << 62
+    return {
+        name: FlashInferBackend(library, torch_backend, device, least)
+        for name, least in (("plain", never), ("shared", 0))
+    }
 
 
 def plain_flashinfer(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sps_runtime.attention import flashinfer
 from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.shared_prefix import ReadCost
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops.dispatch import choose_ops
 
@@ -79,6 +80,59 @@ def test_graphs_replay_what_was_planned_before(kind: str, monkeypatch: pytest.Mo
         engine.close()
     assert recorder.records < 8 < recorder.replays
     assert set(engine.runners[0]._graphs._shapes) <= {((0,), "sharded", n) for n in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize(("sp", "hosts"), [(1, None), (2, None), (2, (0, 1))])
+def test_branches_behind_one_prefix(
+    sp: int, hosts: tuple[int, ...] | None, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Branches of a program decode behind the pages of its prompt, some of them longer than others,
+    beside requests with a prompt of their own."""
+    if graphs and sp > 1:
+        pytest.skip("graphs are of one rank")
+    free = ReadCost(1)  # these pages are small beside what their rows cost
+    monkeypatch.setattr(flashinfer, "read_cost", lambda *_: free)
+    model = exact_model("llama")
+    libraries: list[FakeFlashInfer] = []
+
+    def make_backend() -> FlashInferBackend:
+        libraries.append(FakeFlashInfer())
+        return FlashInferBackend(libraries[-1], TorchBackend(), torch.device("cpu"))
+
+    engine = ThreadEngine(
+        model.config, model.arena(1, ops="torch"), sp=sp, page_size=16, pages_per_rank=PAGES,
+        hosts=hosts, ops=choose_ops("torch"), make_backend=make_backend,
+    )  # fmt: skip
+    recorder = Graphs(libraries[0])
+    if graphs:
+        engine.runners[0]._graphs._recorder = recorder
+    shape = Shape(sp, 16, PAGES, decode="turns", overlap=False)
+    program = prompt(151)
+    branches = [
+        Request(program[:length] + prompt(more, seed=seed), prefix_of=None, arrival=seed)
+        for seed, (length, more) in enumerate([(151, 0), (15, 1)])
+    ]
+    branches += [
+        Request(program[:cut] + prompt(7, seed=seed), arrival=6, prefix_of=branches[0])
+        for seed, cut in ((2, 150), (3, 150), (4, 70))
+    ]
+    try:
+        run = drive(engine, Planner(shape), branches)
+        check("llama", engine, shape, branches, run)
+    finally:
+        engine.close()
+    kinds = [plan["kind"] for library in libraries for plan in library.plans]
+    shared = [
+        plan for library in libraries for plan in library.plans
+        if plan["kind"] == "prefill" and not plan["causal"] and plan["qo_indptr"][1] > 1
+    ]  # fmt: skip
+    assert "decode" in kinds and len(shared) > 8
+    if graphs:
+        forms = {form for kept in engine.runners[0]._graphs._shapes.values()
+                 for form in kept.recordings}  # fmt: skip
+        assert forms == {("decode",), ("decode+shared",)}
+        assert recorder.records < 12 < recorder.replays
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ class _Wrapper:
         indptr, last = planned["kv_indptr"], planned["last_page_len"]
         assert indptr.dtype == last.dtype == planned["indices"].dtype == torch.int32
         assert indptr[0] == 0 and (indptr.diff() > 0).all(), "a request without pages"
+        assert planned["qo_indptr"][0] == 0 and len(planned["qo_indptr"]) == len(indptr)
         assert int(indptr[-1]) == len(planned["indices"]) and len(last) == len(indptr) - 1
         assert ((last >= 1) & (last <= planned["page_size"])).all()
         copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in planned.items()}
@@ -78,6 +79,8 @@ class _Wrapper:
         o, lse = torch.empty_like(q), torch.empty(rows, heads)
         bounds = zip(plan["qo_indptr"].tolist(), plan["qo_indptr"].tolist()[1:], strict=False)
         for request, (begin, end) in enumerate(bounds):
+            if begin == end:
+                continue
             part = self._attend(q[begin:end].float(), k, v, request)
             o[begin:end], lse[begin:end] = part[0].to(q.dtype), part[1] / math.log(2.0)
         return o, lse
@@ -113,8 +116,20 @@ def _check_workspace(workspace: Tensor, kv_layout: str) -> None:
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     @checked
-    def __init__(self, workspace: Tensor, kv_layout: str = "NHD") -> None:
+    def __init__(
+        self, workspace: Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
+        qo_indptr_buf: Tensor | None = None, paged_kv_indptr_buf: Tensor | None = None,
+        paged_kv_indices_buf: Tensor | None = None,
+        paged_kv_last_page_len_buf: Tensor | None = None, backend: str = "auto",
+    ) -> None:  # fmt: skip
         _check_workspace(workspace, kv_layout)
+        assert backend in ("auto", "fa2", "fa3")
+        self.graph, self.backend = use_cuda_graph, backend
+        self.buffers = (
+            qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf
+        )  # fmt: skip
+        assert all((b is not None) == use_cuda_graph for b in self.buffers)
+        self.most_rows = 0
 
     @checked
     def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
@@ -127,7 +142,16 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         sm_scale: float, window_left: int, q_data_type: torch.dtype,
         kv_data_type: torch.dtype,
     ) -> None:  # fmt: skip
-        assert qo_indptr.dtype == torch.int32 and (qo_indptr.diff() > 0).all()
+        assert qo_indptr.dtype == torch.int32
+        least = 0 if self.graph else 1
+        assert (qo_indptr.diff() >= least).all(), "a request without rows"
+        if self.graph:
+            rows, kv_indptr_room, room, lengths = self.buffers
+            assert len(qo_indptr) == len(rows) == len(kv_indptr_room) and len(last) == len(lengths)
+            assert len(indices) <= len(room), "more pages than the graph has room for"
+            # The first plan fixes the grid: rows at most, and tiles by the longest request.
+            self.most_rows = self.most_rows or int(qo_indptr[-1])
+            assert len(last) <= self.most_rows and int(qo_indptr[-1]) <= self.most_rows
         self._keep(
             kind="prefill", qo_indptr=qo_indptr, kv_indptr=kv_indptr, indices=indices,
             last_page_len=last, heads=heads, kv_heads=kv_heads, dim=dim,
@@ -190,7 +214,7 @@ class FakeFlashInfer:
         runs: list[int] = []
         self.plans, self.runs = plans, runs
         self.merges = 0
-        recording = {"plans": plans, "runs": runs}
+        recording: dict[str, Any] = {"plans": plans, "runs": runs}
         for wrapper in (BatchPrefillWithPagedKVCacheWrapper, BatchDecodeWithPagedKVCacheWrapper):
             setattr(self, wrapper.__name__, type(wrapper.__name__, (wrapper,), recording))
 
@@ -204,3 +228,13 @@ class FakeFlashInfer:
         a, b = (s_a - most).exp2(), (s_b - most).exp2()  # NaN where both are -inf, as the kernel's
         o = (v_a.float() * a[..., None] + v_b.float() * b[..., None]) / (a + b)[..., None]
         return o.to(v_a.dtype), most + (a + b).log2()
+
+    def merge_state_in_place(
+        self, v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None
+    ) -> None:
+        check_call(("merge_state_in_place",), (v, s, v_other, s_other, mask), {})
+        assert v.shape == v_other.shape and s.shape == s_other.shape == v.shape[:2]
+        assert mask is None or (mask.dtype == torch.bool and mask.shape == s.shape[:1])
+        there = slice(None) if mask is None else mask
+        o, lse = self.merge_state(v, s, v_other, s_other)
+        v[there], s[there] = o[there], lse[there]

@@ -142,6 +142,11 @@ class AttentionBackend(Protocol):
         recorded of them cannot be replayed with these."""
         ...
 
+    def form(self, lists: PageLists) -> str | None:
+        """Which kernels such lists take with the values that they hold now: a recording serves all
+        values of its form. None: they cannot be recorded."""
+        ...
+
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         """Merge partials of the same queries over disjoint keys, in their order, and write o into
         `out_THD` in its dtype (`ops.merge_state`).

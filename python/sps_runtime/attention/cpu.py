@@ -87,6 +87,9 @@ class KernelBackend:
     def refresh(self, lists: PageLists) -> bool:
         return True
 
+    def form(self, lists: PageLists) -> str | None:
+        return ""
+
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         lse_TH = partials[0].lse.new_empty(partials[0].lse.shape)
         self._kernels.merge_n_states(

@@ -66,12 +66,14 @@ class Call:
 
     Attributes:
         pool: which pool.
-        kind: ``decode``: one row each; ``causal``; ``whole``: every row sees every key.
+        kind: ``decode``: one row each; ``causal``; ``whole``: every row sees every key; ``shared``:
+            likewise, and its rows may be in another call of the same pool.
         window: whether the sliding window cuts off keys.
         rows: int64, the query tensor's rows in the order of requests; None for all, in order.
         qo_indptr, kv_indptr: int32 ``[requests + 1]``.
         indices: int32 slots of pages.
         last_page_len: int32 ``[requests]``, 1 to page_size.
+        fillers: so many of the last rows are there for the call's shape alone.
     """
 
     pool: int
@@ -82,6 +84,7 @@ class Call:
     kv_indptr: Int32s
     indices: Int32s
     last_page_len: Int32s
+    fillers: int = 0
 
     @property
     def requests(self) -> int:

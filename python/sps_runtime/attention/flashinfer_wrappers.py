@@ -7,17 +7,22 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sps_runtime.attention.flashinfer_calls import Call
-from sps_runtime.ops.devices import Fence, upload
+from sps_runtime.attention.flashinfer_shared import group_limit, places
+from sps_runtime.ops.devices import Fence, Standing, upload
 
 FLOAT_BYTES = 384 << 20
 """Workspace for partial results of split keys; one serves all wrappers, which run in order."""
 INT_BYTES = 32 << 20
 """Of a plan of thousands of requests; FlashInfer's own 8 MiB suffice for others."""
 MANY_REQUESTS = 512
+SHARED_BACKEND = "fa2"
+"""For shared prefixes: few rows over many pages. FlashInfer's fa3 neither splits keys nor gives the
+query heads of a KV head to one block, so each head would read the prefix, in one block each."""
 TENSOR_CORE_GROUP = 4
 """Query heads a KV head from which on decode is faster on tensor cores (SGLang's rule)."""
 
@@ -25,19 +30,29 @@ TENSOR_CORE_GROUP = 4
 class Planned:
     """One wrapper, and what it was planned for last.
 
+    Args:
+        standing: the arrays on the device stay where they are.
+
     Attributes:
         rows: the call's rows on the device; None for all.
+        back, has: of a shared call, `flashinfer_shared.places` on the device.
     """
 
-    def __init__(self, wrapper: Any, kind: str, device: torch.device) -> None:
+    def __init__(
+        self, wrapper: Any, kind: str, device: torch.device, standing: bool = False
+    ) -> None:
         self._wrapper, self._kind, self._device = wrapper, kind, device
         self._fence = Fence(device)
+        self._stay: dict[str, Standing] | None = {} if standing else None
         self.rows: Tensor | None = None
+        self.back: Tensor | None = None
+        self.has: Tensor | None = None
 
     def plan(
         self,
         call: Call,
         *,
+        rows: int,
         heads: int,
         kv_heads: int,
         dim: int,
@@ -50,7 +65,10 @@ class Planned:
         """Schedule a call. Waits until the copies of this wrapper's last plan have left its pinned
         memory, which FlashInfer writes again without looking."""
         self._fence.wait()
-        self.rows = None if call.rows is None else upload(call.rows, self._device)
+        self.rows = None if call.rows is None else self._there("rows", call.rows)
+        if call.kind == "shared":
+            back, has = places(call, rows)
+            self.back, self.has = self._there("back", back), self._there("has", has)
         indptr, last = torch.from_numpy(call.kv_indptr), torch.from_numpy(call.last_page_len)
         indices = upload(call.indices, self._device)
         same: dict[str, Any] = {
@@ -68,6 +86,15 @@ class Planned:
                 page_size, causal=causal, **same,
             )  # fmt: skip
         self._fence.record()
+
+    def _there(self, name: str, array: npt.NDArray[Any]) -> Tensor:
+        if self._stay is None:
+            return upload(array, self._device)
+        if name not in self._stay:
+            self._stay[name] = Standing(array.copy(), self._device)
+        self._stay[name].array[:] = array
+        self._stay[name].upload()
+        return self._stay[name].tensor
 
     def run(self, q_THD: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """o in q's dtype, lse fp32 to base 2."""
@@ -89,13 +116,18 @@ class Wrappers:
         self._free: dict[tuple[str, bool, bool], list[Planned]] = defaultdict(list)
         self._kept: dict[int, tuple[str, bool, bool]] = {}
 
-    def standing(self, call: Call, group: int, kv_dtype: torch.dtype, capacity: int) -> Planned:
-        """A wrapper for one decode call again and again, whose plans lie where they lay, so that a
-        graph may hold it.
+    def standing(
+        self, call: Call, group: int, kv_dtype: torch.dtype, capacity: int, rows: int
+    ) -> Planned:
+        """A wrapper for one decode call, or one shared call, again and again, whose plans lie where
+        they lay, so that a graph may hold it.
 
         Args:
             capacity: pages of all requests, at most.
+            rows: of the query tensor.
         """
+        if call.kind == "shared":
+            return self._standing_shared(capacity, rows)
         counts = (call.requests + 1, capacity, call.requests)
         buffers = [torch.zeros(n, dtype=torch.int32, device=self._device) for n in counts]
         wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
@@ -107,7 +139,23 @@ class Wrappers:
             paged_kv_indices_buffer=buffers[1],
             paged_kv_last_page_len_buffer=buffers[2],
         )
-        return Planned(wrapper, "decode", self._device)
+        return Planned(wrapper, "decode", self._device, standing=True)
+
+    def _standing_shared(self, capacity: int, rows: int) -> Planned:
+        requests = group_limit(rows) + 1
+        counts = (requests + 1, requests + 1, capacity + requests, requests)
+        buffers = [torch.zeros(n, dtype=torch.int32, device=self._device) for n in counts]
+        wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(
+            self._floats(),
+            "HND",
+            use_cuda_graph=True,
+            qo_indptr_buf=buffers[0],
+            paged_kv_indptr_buf=buffers[1],
+            paged_kv_indices_buf=buffers[2],
+            paged_kv_last_page_len_buf=buffers[3],
+            backend=SHARED_BACKEND,
+        )
+        return Planned(wrapper, "shared", self._device, standing=True)
 
     def take(self, call: Call, group: int, kv_dtype: torch.dtype) -> Planned:
         """A wrapper for a call that nobody else's plan lies in."""
@@ -132,7 +180,8 @@ class Wrappers:
             return self._library.BatchDecodeWithPagedKVCacheWrapper(
                 floats, "HND", use_tensor_cores=cores
             )
-        wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(floats, "HND")
+        backend = SHARED_BACKEND if kind == "shared" else "auto"
+        wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(floats, "HND", backend=backend)
         if many:
             room = torch.empty(INT_BYTES, dtype=torch.uint8, device=self._device)
             wrapper.reset_workspace_buffer(floats, room)

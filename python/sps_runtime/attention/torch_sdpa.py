@@ -72,6 +72,9 @@ class TorchBackend:
     def refresh(self, lists: PageLists) -> bool:
         return True
 
+    def form(self, lists: PageLists) -> str | None:
+        return ""
+
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         out_THD.copy_(merge_states([(partial.o, partial.lse) for partial in partials])[0])
 

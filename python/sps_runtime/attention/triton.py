@@ -105,6 +105,9 @@ class TritonBackend:
             found.upload()
         return True
 
+    def form(self, lists: PageLists) -> str | None:
+        return ""
+
     def _mirrored(self, q_THD: Tensor, lists: PageLists, pool: PagePool) -> tuple[PageLists, Sizes]:
         """Lists that stay, on the device where a graph may hold them, and sizes that bound all that
         they will ever hold."""

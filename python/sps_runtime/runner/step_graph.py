@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -53,14 +53,16 @@ class _Shape:
     """What is kept of one shape of steps.
 
     Attributes:
-        recording: what to replay; None before it was tried, or a reason why there is none.
+        recordings: what to replay, by the form of the step's page lists.
+        refused: why there is no recording; empty where none failed.
         attention_bytes, linear_bytes, physical_bytes: what crosses in each step of this shape.
     """
 
     inputs: DecodeInputs
     attention: DecodeAttention
     context: StepContext
-    recording: Replayable | str | None = None
+    recordings: dict[tuple[str | None, ...], Replayable] = field(default_factory=dict)
+    refused: str = ""
     attention_bytes: int = 0
     linear_bytes: int = 0
     physical_bytes: int = 0
@@ -126,11 +128,12 @@ class StepGraphs:
         shape = self._shape(plan, links, context)
         shape.inputs.fill(plan, tokens)
         if not shape.attention.refresh():
-            shape.recording = None
-        if shape.recording is None or isinstance(shape.recording, str):
-            logits_RV = self._run(shape, links)
+            shape.recordings.clear()
+        recording = shape.recordings.get(shape.attention.form())
+        if recording is not None:
+            logits_RV = self._replay(shape, recording)
         else:
-            logits_RV = self._replay(shape, shape.recording)
+            logits_RV = self._run(shape, links)
         self._means.traffic.attention_bytes += shape.attention.remote_bytes()
         return logits_RV[: len(plan.sequences)]
 
@@ -150,8 +153,8 @@ class StepGraphs:
             inputs = decode_inputs(plan, self._means, capacity_for(pages), rows)
             attention = DecodeAttention(inputs, self._means, links.sp)
             made = _Shape(inputs, attention, context(plan, links, inputs.positions_T, attention))
-            if shape is not None and isinstance(shape.recording, str):
-                made.recording = shape.recording
+            if shape is not None:
+                made.refused = shape.refused
             shape = self._shapes[key] = made
         self._shapes.move_to_end(key)
         while len(self._shapes) > self._limit:
@@ -165,17 +168,27 @@ class StepGraphs:
             shape.attention.begin()
             return self._compute(shape.inputs.tokens_T, shape.context)
 
-        if self._recorder is None or shape.recording is not None or not links.recordable:
+        if self._recorder is None or shape.refused or not links.recordable:
             return work()
         before = _counts(self._means.traffic)
-        logits_RV, shape.recording = self._recorder.record(work)
-        if isinstance(shape.recording, str):
-            logger.debug("steps of %d rows are not recorded: %s", len(logits_RV), shape.recording)
+        logits_RV, recording = self._recorder.record(work)
+        self._keep(shape, recording, len(logits_RV))
         after = _counts(self._means.traffic)
         shape.attention_bytes, shape.linear_bytes, shape.physical_bytes = (
             new - old for new, old in zip(after, before, strict=True)
         )
         return logits_RV
+
+    @staticmethod
+    def _keep(shape: _Shape, recording: Replayable | str, rows: int) -> None:
+        form = shape.attention.form()
+        if None in form:
+            recording = "its page lists need other kernels in every step"
+        if isinstance(recording, str):
+            shape.refused = recording
+            logger.debug("steps of %d rows are not recorded: %s", rows, recording)
+        else:
+            shape.recordings[form] = recording
 
     def _replay(self, shape: _Shape, recording: Replayable) -> Tensor:
         logits_RV = self._replayed(recording)

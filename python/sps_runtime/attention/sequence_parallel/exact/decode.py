@@ -100,6 +100,10 @@ class DecodeAttention:
         refreshed = [backend.refresh(lists) for lists in self._inputs.standing()]
         return all(refreshed)
 
+    def form(self) -> tuple[str | None, ...]:
+        """Of all page lists that were asked for so far, what `AttentionBackend.form` says."""
+        return tuple(self._context.backend.form(lists) for lists in self._inputs.standing())
+
     def begin(self) -> None:
         """Before each run of the layers' code."""
         self.layers.clear()
