@@ -54,9 +54,12 @@ class _Lists:
         self.page_positions = np.zeros(capacity, dtype=np.int32)
         self.used = 0
         self.remote_tokens = 0
-        arrays = (self.items, self.page_ids, self.page_positions)
         self.pages = PageLists(
-            *(torch.from_numpy(array) for array in arrays), complete=True, standing=True
+            torch.from_numpy(self.items),
+            torch.from_numpy(self.page_ids),
+            torch.from_numpy(self.page_positions),
+            complete=True,
+            standing=True,
         )
 
     def put(self, row: int, position: int, ids: Int32s, positions: Int32s) -> None:

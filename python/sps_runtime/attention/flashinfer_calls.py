@@ -310,10 +310,9 @@ def _join(parts: list[Items]) -> Items:
     sizes = [0 if shared else len(part.ids) for part in parts]
     offsets = np.cumsum(sizes) - sizes
     return Items(
-        *(
-            np.concatenate([getattr(p, name) for p in parts])
-            for name in ("row", "count", "position")
-        ),
+        row=np.concatenate([part.row for part in parts]),
+        count=np.concatenate([part.count for part in parts]),
+        position=np.concatenate([part.position for part in parts]),
         kv_len=np.concatenate([part.kv_len for part in parts]),
         begin=np.concatenate([p.begin + at for p, at in zip(parts, offsets, strict=True)]),
         pages=np.concatenate([part.pages for part in parts]),

@@ -141,7 +141,8 @@ def summaries_due(layout: ShardLayout, need: Mask) -> Mask:
     sparse = np.array([settings is not None for settings in layout.sparse], dtype=np.bool_)
     goes_on = np.repeat(sparse & ~np.array(layout.ends, dtype=np.bool_), each)
     unknown = pages.positions >= np.repeat(layout.summaries_from, each)
-    return (need | goes_on) & unknown & (pages.tokens == layout.page_size)
+    due: Mask = (need | goes_on) & unknown & (pages.tokens == layout.page_size)
+    return due
 
 
 def pairs(blocks: SparseBlocks, chosen: Chosen, page_size: int, kv_heads: int) -> tuple[Ints, Ints]:

@@ -37,7 +37,8 @@ class ColumnLinear:
         """Entered tokens ``[tokens, in]`` -> this rank's columns of each part."""
         if linear.whole:
             y_TN = linear.column(x_TD, self.weight_ND, self.bias_N, self.unit)
-            return y_TN.split(self.sizes, dim=-1)
+            parts: Sequence[Tensor] = y_TN.split(self.sizes, dim=-1)
+            return parts
         return [linear.column(x_TD, weight, bias, self.unit) for weight, bias in self._parts]
 
 

@@ -27,14 +27,18 @@ class LinearPlacement(Protocol):
     A model gets a second placement, over the sampled rows, for its language-model head:
     ``gather_vocab(to_tokens(column(enter(h), W_head), columns), vocab)``.
 
-    Attributes:
-        whole: this rank's TP slice is not cut further (SP-NTP, or a group of one). `column` and
-            `row` then use all of the weight they are given, `enter`, `to_tokens` and `to_columns`
-            return what they are given, and a layer may multiply weights that lie adjacent in memory
-            (q, k, v; gate, up) in one call. Only `leave` and `gather_vocab` may still cross ranks.
     """
 
-    whole: bool
+    @property
+    def whole(self) -> bool:
+        """Whether this rank's TP slice is not cut further (SP-NTP, or a group of one).
+
+        `column` and `row` then use all of the weight they are given, `enter`, `to_tokens` and
+        `to_columns` return what they are given, and a layer may multiply weights that lie adjacent
+        in memory (q, k, v; gate, up) in one call. Only `leave` and `gather_vocab` may still cross
+        ranks.
+        """
+        ...
 
     def enter(self, x_TD: Tensor) -> Tensor:
         """Local tokens -> the tokens that this rank's weight slice multiplies."""

@@ -48,7 +48,8 @@ def _pack(arena: Arena, entry: Entry, source: TensorSource, packing: Packing) ->
     """Parts begin at panels of their own, so each is packed by itself."""
     begin, target = 0, arena.bytes_of(entry)
     for part in entry.parts:
-        end = begin + packing.nbytes(*part.shape, entry.kind, entry.cuts)
+        n, k = part.shape
+        end = begin + packing.nbytes(n, k, entry.kind, entry.cuts)
         weight_NK = _read(source, part).to(arena.layout.dtype)
         packing.pack(weight_NK, entry.kind, target[begin:end], entry.cuts)
         begin = end

@@ -161,7 +161,8 @@ def plan_layout(
             kind = _packed_kind(weight, parts, packing, dtype)
         if packing is not None and kind:
             cuts = _cuts(weight, parts, sp_size)
-            nbytes = packing.nbytes(*shape, kind, cuts)
+            n, k = shape
+            nbytes = packing.nbytes(n, k, kind, cuts)
         entry = Entry(_aligned(end), nbytes, shape, parts, weight.linear, kind, cuts)
         end = entry.offset + nbytes
         return entry

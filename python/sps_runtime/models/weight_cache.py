@@ -191,7 +191,7 @@ def keep_in_background(cache: WeightCache, key: bytes, memory: Tensor, fd: int) 
 
 
 def _read_into(file: FileIO, memory: Tensor) -> None:
-    target, at = memoryview(memory.numpy()), 0
+    target, at = memory.numpy().data, 0
     while at < len(target):
         got = file.readinto(target[at : at + CHUNK_BYTES])
         if not got:

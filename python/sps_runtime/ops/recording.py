@@ -84,7 +84,7 @@ class _Watch(TorchDispatchMode):
     computes; everything runs as always."""
 
     def __init__(self, workspace: Workspace, program: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._workspace = workspace
         self._program = program
         self._blocks = 0

@@ -83,8 +83,8 @@ def _divergence(p: float, q: float) -> float:
 
 def sampled(seed: int, layer: int, head: int, block: int, share: float) -> bool:
     """Whether a query block is audited: the same on every rank, in every chunking."""
-    names = (np.array([part]) for part in (layer, head, block))
-    return bool(sampled_blocks(seed, *names, share)[0])
+    layers, heads, blocks = (np.array([part]) for part in (layer, head, block))
+    return bool(sampled_blocks(seed, layers, heads, blocks, share)[0])
 
 
 def sampled_blocks(seed: int, layers: Ints, heads: Ints, blocks: Ints, share: float) -> Mask:

@@ -74,4 +74,5 @@ def means(blob_NKX: Tensor, shape: BlobShape) -> tuple[Tensor, Tensor]:
 
 def _vectors(blob_NKX: Tensor, shape: BlobShape, count: int) -> tuple[Tensor, ...]:
     flat = blob_NKX[:, :, : count * shape.vector].contiguous().view(shape.dtype)
-    return flat.float().unflatten(-1, (count, -1)).unbind(2)
+    vectors: tuple[Tensor, ...] = flat.float().unflatten(-1, (count, -1)).unbind(2)
+    return vectors

@@ -90,7 +90,8 @@ def page_shares(log_mass_KGRN: Tensor, own_lse_KGR: Tensor, reduce: Reduce = "no
     total = torch.logaddexp(own, log_mass_KGRN.logsumexp(-1))
     share = torch.exp(log_mass_KGRN - total[..., None]).flatten(1, 2)
     if reduce == "norm":
-        return torch.linalg.vector_norm(share, dim=1)
+        norm: Tensor = torch.linalg.vector_norm(share, dim=1)
+        return norm
     return share.amax(1) if reduce == "max" else share.mean(1)
 
 

@@ -119,7 +119,8 @@ def sketch(k_NKBR: Tensor, there: Tensor, bits: int) -> Tensor:
     low = k_NKBR.masked_fill(~there, torch.inf).amin(2, keepdim=True)
     high = k_NKBR.masked_fill(~there, -torch.inf).amax(2, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(1e-9)
-    return low + ((k_NKBR - low) / step).round().clamp(0, 2**bits - 1) * step
+    rounded: Tensor = low + ((k_NKBR - low) / step).round().clamp(0, 2**bits - 1) * step
+    return rounded
 
 
 def part_counts(counts_N: Tensor, size: int, parts: int) -> Tensor:

@@ -273,4 +273,5 @@ def _superblocks(queries: QueryBlocks) -> Iterator[list[_Rows]]:
 
 def _by_head(q_THD: Tensor, kv_heads: int, scale: float) -> Tensor:
     """Scaled queries as ``[kv_heads, group, tokens, head_dim]``, a view where it can be."""
-    return q_THD.float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) * scale
+    q_KGTD: Tensor = q_THD.float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) * scale
+    return q_KGTD

@@ -20,8 +20,12 @@ class PlainPlacement(LinearPlacement):
     """One rank, full weights. `whole` may be switched off to take the layers' other path."""
 
     def __init__(self, whole: bool = True, ops: Operators = TORCH) -> None:
-        self.whole = whole
+        self._whole = whole
         self.ops = ops
+
+    @property
+    def whole(self) -> bool:
+        return self._whole
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return x_TD

@@ -36,20 +36,17 @@ class Mirror:
     """
 
     def __init__(self, step: StepState, layer: int) -> None:
-        k, v = step.context.store.layer(layer)
-        own = step.context.store.own
-        room = own.k[layer].shape
-        readable = step.context.store.readable
-        self.pool = PagePool(
-            *(
-                [
-                    known if near else known.new_empty(room)
-                    for known, near in zip(side, readable, strict=True)
-                ]
-                for side in (k, v)
-            ),
-            step.context.store.shape.slots,
-        )
+        store = step.context.store
+        room = store.own.k[layer].shape
+
+        def with_room(side: Sequence[Tensor]) -> list[Tensor]:
+            return [
+                known if near else known.new_empty(room)
+                for known, near in zip(side, store.readable, strict=True)
+            ]
+
+        k, v = store.layer(layer)
+        self.pool = PagePool(with_room(k), with_room(v), store.shape.slots)
 
 
 class Units:

@@ -99,11 +99,10 @@ class SparseMeasure:
         """lse of each sample's rows over this rank's pages, and those outside of the group."""
         read: dict[tuple[int, int, int], int] = defaultdict(int)
         for sample in mine:
-            pages = np.diff(np.searchsorted(self._outside, sample.pages[:2]))
+            begin, end = np.searchsorted(self._outside, sample.pages[:2]).tolist()
             where = (sample.layer, sample.head, sample.sequence)
-            read[where] = max(
-                read[where], int(pages[0])
-            )  # those of an earlier block are among them
+            # Those of an earlier block are among them.
+            read[where] = max(read[where], end - begin)
         for (_, _, sequence), pages in read.items():
             self._counts.read_in_place(sequence, pages)
         queries = [self._kept[sample][0] for sample in mine]

@@ -339,7 +339,8 @@ class FlyingCsa:
 
     def _due(self, parcel: int, owner: int, reader: int) -> Ints:
         index = self._far.due(owner, reader)
-        return index[self._parcel[index] == parcel]
+        of_parcel: Ints = index[self._parcel[index] == parcel]
+        return of_parcel
 
     def _block(self, block: int) -> _Block:
         flight = self._flight

@@ -93,7 +93,8 @@ def flight_of(plan: StepPlan, layout: ShardLayout, context: AttentionContext) ->
     single = len(plan.sequences) == 1 and context.mesh.tp_size == 1
     if not spans or not single or plan.placement != "sharded":
         return None
-    name, sparse = plan.strategy, layout.sparse[0]
+    name: str = plan.strategy
+    sparse = layout.sparse[0]
     if sparse is not None:
         whole = bool(context.windows) and not any(context.windows)
         name = ("stride" if sparse.estimator == "stride" else "csa") if whole else ""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from sps_runtime.attention.backend import PagePool, Partial, QueryRun
@@ -215,7 +216,7 @@ def _runs(
     runs: Runs,
     index: Ints,
     window: int | None,
-    ids: Ints | None = None,
+    ids: npt.NDArray[np.int32] | None = None,
 ) -> list[QueryRun]:
     layout = flight.layouts[block]
     return query_runs(layout, cut_pieces(layout, runs, index, window), index, page_ids=ids)

@@ -248,7 +248,8 @@ class LevelExchange:
     def _part(self, rows_of: Callable[[int, int], tuple[int, int]], first_row: int) -> _Part:
         layout, me = self._layout, self._step.me
         phases = {segment.phase for cut in self._segments.values() for segment in cut}
-        mine, counts, runs = {}, {}, {}
+        counts: dict[tuple[int, int], int] = {}
+        mine, runs = {}, {}
         for phase in phases:
             spans = [(member, *rows_of(member, phase)) for member in self._members]
             counts |= {(member, phase): end - begin for member, begin, end in spans}
