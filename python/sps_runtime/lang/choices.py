@@ -44,8 +44,27 @@ class ChoicesSamplingMethod(ABC):
         """Decide. All lists have one entry for each choice, of one entry for each token."""
 
 
-class TokenLengthNormalized(ChoicesSamplingMethod):
-    """The highest mean logprob of a token."""
+@dataclass(frozen=True)
+class Scores:
+    """What the built-in methods choose by.
+
+    Attributes:
+        means: mean logprob of each choice's tokens.
+        tokens: their logprobs, by choice.
+        alone: the same without the prompt; empty unless the method asks for it.
+    """
+
+    means: list[float]
+    tokens: list[list[float]]
+    alone: list[list[float]]
+
+
+class _ByScores(ChoicesSamplingMethod):
+    """Chooses by `Scores`, and reports them with figures of its own."""
+
+    @abstractmethod
+    def best(self, scores: Scores) -> tuple[int, dict[str, Any]]:
+        """The choice's index, and further figures that it was made from."""
 
     def __call__(
         self,
@@ -56,39 +75,39 @@ class TokenLengthNormalized(ChoicesSamplingMethod):
         output_token_logprobs: list[list[TokenLogprob]],
         unconditional_token_logprobs: list[list[TokenLogprob]] | None = None,
     ) -> ChoicesDecision:
-        figures = {
+        figures: dict[str, Any] = {
             "normalized_prompt_logprobs": normalized_prompt_logprobs,
             "input_token_logprobs": input_token_logprobs,
             "output_token_logprobs": output_token_logprobs,
         }
-        return ChoicesDecision(choices[_first_best(normalized_prompt_logprobs)], figures)
+        alone: list[list[float]] = []
+        if self.requires_unconditional_logprobs:
+            if unconditional_token_logprobs is None:
+                raise ValueError("this method needs unconditional logprobs")
+            figures["unconditional_token_logprobs"] = unconditional_token_logprobs
+            alone = [logprobs(tokens) for tokens in unconditional_token_logprobs]
+        tokens = [logprobs(tokens) for tokens in input_token_logprobs]
+        index, more = self.best(Scores(normalized_prompt_logprobs, tokens, alone))
+        return ChoicesDecision(choices[index], figures | more)
 
 
-class GreedyTokenSelection(ChoicesSamplingMethod):
+class TokenLengthNormalized(_ByScores):
+    """The highest mean logprob of a token."""
+
+    def best(self, scores: Scores) -> tuple[int, dict[str, Any]]:
+        return _first_best(scores.means), {}
+
+
+class GreedyTokenSelection(_ByScores):
     """Token by token, only the most probable choices remain.
 
     A choice that has ended stays in the race with its mean logprob for each further token.
     """
 
-    def __call__(
-        self,
-        *,
-        choices: list[str],
-        normalized_prompt_logprobs: list[float],
-        input_token_logprobs: list[list[TokenLogprob]],
-        output_token_logprobs: list[list[TokenLogprob]],
-        unconditional_token_logprobs: list[list[TokenLogprob]] | None = None,
-    ) -> ChoicesDecision:
-        rows = [logprobs(tokens) for tokens in input_token_logprobs]
-        length = max(len(row) for row in rows)
-        matrix = [row + [fmean(row)] * (length - len(row)) for row in rows]
-        figures = {
-            "normalized_prompt_logprobs": normalized_prompt_logprobs,
-            "input_token_logprobs": input_token_logprobs,
-            "output_token_logprobs": output_token_logprobs,
-            "greedy_logprob_matrix": matrix,
-        }
-        return ChoicesDecision(choices[self._last_standing(matrix)], figures)
+    def best(self, scores: Scores) -> tuple[int, dict[str, Any]]:
+        length = max(len(row) for row in scores.tokens)
+        matrix = [row + [fmean(row)] * (length - len(row)) for row in scores.tokens]
+        return self._last_standing(matrix), {"greedy_logprob_matrix": matrix}
 
     @staticmethod
     def _last_standing(matrix: list[list[float]]) -> int:
@@ -99,40 +118,17 @@ class GreedyTokenSelection(ChoicesSamplingMethod):
         return remaining[0]
 
 
-class UnconditionalLikelihoodNormalized(ChoicesSamplingMethod):
+class UnconditionalLikelihoodNormalized(_ByScores):
     """The choice that the prompt makes more likely than it is by itself, per token."""
 
     @property
     def requires_unconditional_logprobs(self) -> bool:
         return True
 
-    def __call__(
-        self,
-        *,
-        choices: list[str],
-        normalized_prompt_logprobs: list[float],
-        input_token_logprobs: list[list[TokenLogprob]],
-        output_token_logprobs: list[list[TokenLogprob]],
-        unconditional_token_logprobs: list[list[TokenLogprob]] | None = None,
-    ) -> ChoicesDecision:
-        if unconditional_token_logprobs is None:
-            raise ValueError("this method needs unconditional logprobs")
-        gains = [
-            fmean(given) - fmean(alone)
-            for given, alone in zip(
-                map(logprobs, input_token_logprobs),
-                map(logprobs, unconditional_token_logprobs),
-                strict=True,
-            )
-        ]
-        figures = {
-            "normalized_prompt_logprobs": normalized_prompt_logprobs,
-            "input_token_logprobs": input_token_logprobs,
-            "output_token_logprobs": output_token_logprobs,
-            "unconditional_token_logprobs": unconditional_token_logprobs,
-            "normalized_unconditional_prompt_logprobs": gains,
-        }
-        return ChoicesDecision(choices[_first_best(gains)], figures)
+    def best(self, scores: Scores) -> tuple[int, dict[str, Any]]:
+        pairs = zip(scores.tokens, scores.alone, strict=True)
+        gains = [fmean(given) - fmean(alone) for given, alone in pairs]
+        return _first_best(gains), {"normalized_unconditional_prompt_logprobs": gains}
 
 
 token_length_normalized = TokenLengthNormalized()
