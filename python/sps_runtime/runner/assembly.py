@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from mmap import mmap
 from types import ModuleType
 
@@ -161,86 +162,107 @@ def open_fence(
     )
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a rank knows before it meets the others.
+
+    Attributes:
+        dtype: of activations.
+        backend, ops: what computes.
+        fds: inherited memory, by name.
+        traffic: where all that is opened counts.
+    """
+
+    config: RankConfig
+    place: Place
+    model: ModelConfig
+    dtype: torch.dtype
+    backend: AttentionBackend
+    ops: Operators
+    fds: Mapping[str, int]
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def engine(self) -> EngineConfig:
+        return self.config.engine
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What the pool's rows lie in."""
+        return storage_dtype(_kv_dtype(self.engine), self.dtype)
+
+    def mailroom(self, kernels: ModuleType | None) -> Mailroom:
+        return open_mailroom(self.engine, self.place, self.traffic, self.fds, kernels)
+
+    def fence(self) -> LayerFence:
+        return open_fence(self.engine, self.place, self.model.num_layers, self.fds)
+
+    def means(
+        self,
+        mailroom: Mailroom,
+        store: KVStore,
+        fence: LayerFence,
+        sparse: SparseMeans | None,
+        boards: tuple[int, ...] = (),
+    ) -> AttentionContext:
+        """Everything that attention needs of this rank, now that it is open."""
+        return AttentionContext(
+            mesh=self.place.mesh,
+            mailroom=mailroom,
+            store=store,
+            fence=fence,
+            backend=self.backend,
+            traffic=self.traffic,
+            hosts=self.place.hosts,
+            ops=self.ops,
+            sparse=sparse,
+            windows=self.model.layer_windows,
+            boards=boards,
+        )
+
+
+def open_means(setup: Setup, kernels: ModuleType | None = None) -> AttentionContext:
+    """The means of a rank on CPUs."""
+    place, fds = setup.place, setup.fds
+    shape = kv_shape(setup.engine, setup.model)
+    return setup.means(
+        setup.mailroom(kernels),
+        open_store(place, shape, setup.kv_dtype, fds),
+        setup.fence(),
+        open_sparse(place, shape, fds, kernels, setup.engine.threads_per_rank),
+    )
+
+
 def open_gpu_means(
-    config: RankConfig,
-    place: Place,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    backend: AttentionBackend,
-    ops: Operators,
-    fds: Mapping[str, int],
-    device: torch.device,
-    sparse: SparseOperators | None,
+    setup: Setup, device: torch.device, sparse: SparseOperators | None
 ) -> AttentionContext:
-    """Everything that attention needs of a rank on a GPU.
+    """The means of a rank on a GPU.
 
     Args:
         sparse: choose pages on the GPU; None where nothing does.
     """
-    traffic, engine = Traffic(), config.engine
-    shape, windows = kv_shape(engine, model), model.layer_windows
+    engine, place = setup.engine, setup.place
+    shape = kv_shape(engine, setup.model)
     if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
         sparse = None
     room = _summary_shape(shape, sparse) if sparse is not None else None
-    host = open_mailroom(engine, place, traffic, fds, None)
+    host = setup.mailroom(None)
     here = [rank for rank, at in enumerate(place.rank_hosts()) if at == place.host]
-    sharing = share_gpu(config, place, device, shape, room, host.group(tuple(here)))
+    sharing = share_gpu(setup.config, place, device, shape, room, host.group(tuple(here)))
     if len(here) > 1:
         logger.info("GPUs of this host: %s", sharing.why)
     boards, place = place.hosts, with_domains(place, engine, sharing.gpu is not None)
-    mailroom = open_gpu_mailroom(config, place, device, host, traffic, sharing, fds)
-    host_fence = open_fence(engine, place, model.num_layers, fds)
+    setup = replace(setup, place=place)
+    mailroom = open_gpu_mailroom(
+        setup.config, place, device, host, setup.traffic, sharing, setup.fds
+    )
+    fence = open_gpu_fence(setup.fence(), place, sharing)
     means = None
     if sparse is not None and room is not None:
         pools = gpu_summaries(place, room, device, sharing)
         means = SparseMeans(sparse, SummaryStore(pools, place.mesh.sp_rank))
-    return AttentionContext(
-        mesh=place.mesh,
-        mailroom=mailroom,
-        store=open_gpu_store(
-            place, shape, storage_dtype(_kv_dtype(engine), dtype), device, sharing
-        ),
-        fence=open_gpu_fence(host_fence, place, sharing),
-        backend=backend,
-        traffic=traffic,
-        hosts=place.hosts,
-        ops=ops,
-        windows=windows,
-        boards=boards,
-        sparse=means,
-    )
-
-
-def open_means(
-    config: RankConfig,
-    place: Place,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    backend: AttentionBackend,
-    ops: Operators,
-    fds: Mapping[str, int],
-    kernels: ModuleType | None = None,
-) -> AttentionContext:
-    """Everything that attention needs of this rank."""
-    traffic, engine = Traffic(), config.engine
-    shape = kv_shape(engine, model)
-    return AttentionContext(
-        mesh=place.mesh,
-        mailroom=open_mailroom(engine, place, traffic, fds, kernels),
-        store=open_store(
-            place,
-            shape,
-            storage_dtype(_kv_dtype(engine), dtype),
-            fds,
-        ),
-        fence=open_fence(engine, place, model.num_layers, fds),
-        backend=backend,
-        traffic=traffic,
-        hosts=place.hosts,
-        ops=ops,
-        windows=model.layer_windows,
-        sparse=open_sparse(place, shape, fds, kernels, engine.threads_per_rank),
-    )
+    store = open_gpu_store(place, shape, setup.kv_dtype, device, sharing)
+    return setup.means(mailroom, store, fence, means, boards)
 
 
 def _split_address(address: str) -> tuple[str, int]:

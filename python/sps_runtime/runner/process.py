@@ -30,7 +30,7 @@ from sps_runtime.ops.cuda_graphs import GraphRecorder
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.operators import Operators
 from sps_runtime.ops.recording import Recorder, StepRecorder
-from sps_runtime.runner.assembly import open_gpu_means, open_means
+from sps_runtime.runner.assembly import Setup, open_gpu_means, open_means
 from sps_runtime.runner.gpu import rank_device
 from sps_runtime.runner.grammar_masks import open_masks
 from sps_runtime.runner.links import open_links
@@ -171,13 +171,10 @@ def _open_means(
     operators: Operators,
     device: torch.device,
 ) -> AttentionContext:
-    config, fds = child.config, child.fds
+    setup = Setup(child.config, place, model.config, dtype, backend, operators, child.fds)
     if device.type == "cpu":
-        return open_means(config, place, model.config, dtype, backend, operators, fds, ops.kernels)
-    sparse = device_operators()
-    return open_gpu_means(
-        config, place, model.config, dtype, backend, operators, fds, device, sparse
-    )
+        return open_means(setup, ops.kernels)
+    return open_gpu_means(setup, device, device_operators())
 
 
 def _recorder(engine: EngineConfig, ops: Ops, device: torch.device) -> StepRecorder | None:
