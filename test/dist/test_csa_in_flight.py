@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
 
+import msgspec
 import pytest
 import torch
-from test.dist.helpers.exact_models import exact_model, prompt
-from test.dist.helpers.planner import Planner, Request, Shape
-from test.dist.helpers.thread_engine import ThreadEngine, drive
-from torch import Tensor
+from test.dist.helpers.flights import BOUND, Ran, blocks_flown, odd_requests, run_requests
 
 from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
 from sps_runtime.types.attention import AttentionSpec, SparseSettings
@@ -17,76 +15,34 @@ from sps_runtime.types.attention import AttentionSpec, SparseSettings
 SETTINGS = SparseSettings(
     budget=0.25, minimum=2, window=1, rows=8, block=64, superblock=128, wide_from=512
 )
-PAGES = {16: 700, 64: 200}
-BOUND = 1e-4
-NEW = 3
-
-
-@dataclass
-class Ran:
-    """Logits by request; counters, and bytes that ranks sent, of all prefills."""
-
-    logits: list[Tensor]
-    counters: dict[str, int]
-    sent: int
-
-
-def requests_of(changes: dict[str, object]) -> list[Request]:
-    """Odd lengths, a last superblock of one token, chunks, a shared prefix."""
-    spec = AttentionSpec("csa", SparseSettings(**{**SETTINGS_FIELDS, **changes}))
-    first = Request(prompt(1037), NEW, chunk=0)
-    found = [
-        first,
-        Request(prompt(1025, seed=2), NEW, chunk=0),
-        Request(prompt(1037, seed=5), NEW, chunk=512),
-        Request(first.prompt[:768] + prompt(333, seed=8), NEW, prefix_of=first, chunk=0),
-    ]
-    for request in found:
-        request.attention = spec
-    return found
-
-
-SETTINGS_FIELDS = {name: getattr(SETTINGS, name) for name in SETTINGS.__struct_fields__}
+COUNTERS = ("read_pairs", "causal_pairs", "fetched_units", "remote_units", "fallbacks")
 
 
 def run(
     kind: str, hosts: tuple[int, ...], page_size: int, pipeline: bool, **changes: object
 ) -> Ran:
-    model, sp = exact_model(kind), len(hosts)
-    engine = ThreadEngine(
-        model.config,
-        model.arena(1),
-        sp=sp,
-        page_size=page_size,
-        pages_per_rank=PAGES[page_size],
-        hosts=hosts,
-        pipeline=pipeline,
-    )
-    shape = Shape(sp, page_size, PAGES[page_size], decode="sharded", overlap=False, seed=3)
-    planner, logits, results = Planner(shape), [], []
-    try:
-        for request in requests_of(changes):
-            ran = drive(engine, planner, [request])
-            logits.append(torch.stack(ran.logits[request.slot]))
-            prefills = zip(ran.plans, ran.results, strict=True)
-            results += [r for plan, rs in prefills if plan.sequences[0].count > 1 for r in rs]
-    finally:
-        engine.close()
-    sparse = [one for result in results for one in result.sparse]
-    names = ("read_pairs", "causal_pairs", "fetched_units", "remote_units", "fallbacks")
-    counters = {name: sum(getattr(one, name) for one in sparse) for name in names}
-    return Ran(logits, counters, sum(result.counters.sent_bytes for result in results))
+    spec = AttentionSpec("csa", msgspec.structs.replace(SETTINGS, **changes))
+    requests = odd_requests(spec, new=3)
+    return run_requests(kind, hosts, page_size, requests, COUNTERS, pipeline=pipeline)
 
 
 def same(found: Ran, wanted: Ran) -> None:
     """Rows are multiplied in other company, so that sums round otherwise: a page that stood at the
     threshold may fall on its other side, and another in its place."""
-    got, want = found.counters.pop("fetched_units"), wanted.counters["fetched_units"]
-    assert found.counters.items() <= wanted.counters.items()
+    totals, wanted_totals = total(found), total(wanted)
+    got, want = totals.pop("fetched_units"), wanted_totals["fetched_units"]
+    assert totals.items() <= wanted_totals.items()
     assert abs(got - want) <= 0.02 * want
     bound = BOUND if got == want else 100 * BOUND
     for one, other in zip(found.logits, wanted.logits, strict=True):
         assert float((one - other).abs().max()) < bound
+
+
+def total(ran: Ran) -> dict[str, int]:
+    found = Counter[str]()
+    for counters in ran.counters:
+        found.update(counters)
+    return dict(found)
 
 
 @pytest.fixture(autouse=True)
@@ -106,13 +62,7 @@ def one_thread() -> None:
 def test_hosts_and_micro_batches_change_nothing(
     kind: str, hosts: tuple[int, ...], page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flown, init = [], Flight.__init__
-
-    def counted(self: Flight, *arguments: object) -> None:
-        init(self, *arguments)
-        flown.append(len(self.plans))
-
-    monkeypatch.setattr(Flight, "__init__", counted)
+    flown = blocks_flown(monkeypatch, Flight, "plans")
     alone = run(kind, (0,) * len(hosts), page_size, False)
     together = run(kind, hosts, page_size, False)
     assert not flown
@@ -120,8 +70,9 @@ def test_hosts_and_micro_batches_change_nothing(
     assert flown and min(flown) > 1
     same(together, alone)
     same(in_flight, alone)
-    assert alone.sent < together.sent < 1.1 * alone.sent  # questions
-    assert abs(in_flight.sent - alone.sent) < 0.2 * alone.sent  # a last token shares with others
+    sent = sum(alone.sent)
+    assert sent < sum(together.sent) < 1.1 * sent  # questions
+    assert abs(sum(in_flight.sent) - sent) < 0.2 * sent  # a last token shares with others
 
 
 @pytest.mark.parametrize("changes", [{"max_tau": 0.1}, {"tail": "none"}, {"estimator": "quest"}])
