@@ -53,7 +53,7 @@ CSA_CELLS = [
 ]
 
 
-def make_scheduler(cell: tuple) -> Scheduler:
+def make_scheduler(cell: tuple, bursts: bool = True) -> Scheduler:
     sp, tp, arch, strategy, page_size, chunk, pages, latency = cell
     config = exact_model(KIND).config
     shape = ModelShape(
@@ -71,6 +71,7 @@ def make_scheduler(cell: tuple) -> Scheduler:
         ParallelConfig(sp, tp, arch, strategy),
         ModelLimits(4096, frozenset(), config.vocab_size),
         StepCosts(shape, LinkCost(latency, 1e9, zero_copy=True), flops_per_s=1e9),
+        bursts=bursts,
     )
 
 
@@ -133,7 +134,14 @@ def serve(
 @pytest.mark.parametrize("cell", CELLS, ids=["-".join(map(str, cell[:7])) for cell in CELLS])
 def test_what_is_scheduled_is_what_one_rank_says(cell: tuple) -> None:
     plans = check(cell, sparse=False)
+    assert any(plan.burst for plan in plans)
+
+
+@pytest.mark.parametrize("cell", CELLS[:4], ids=["-".join(map(str, c[:7])) for c in CELLS[:4]])
+def test_so_it_is_without_bursts(cell: tuple) -> None:
+    plans = check(cell, sparse=False, bursts=False)
     assert any(s.board_epoch >= 0 for plan in plans for s in plan.sequences)
+    assert not any(plan.burst for plan in plans)
 
 
 @pytest.mark.parametrize("cell", CSA_CELLS, ids=["-".join(map(str, c[:7])) for c in CSA_CELLS])
@@ -143,7 +151,7 @@ def test_csa_that_leaves_nothing_out_is_what_one_rank_says(cell: tuple) -> None:
     assert len(prefills) > 4
 
 
-def check(cell: tuple, *, sparse: bool) -> list[StepPlan]:
+def check(cell: tuple, *, sparse: bool, bursts: bool = True) -> list[StepPlan]:
     """Serve a cell's traffic and compare every answer; the plans."""
     torch.set_num_threads(1)
     sp, tp, arch, _, page_size, _, pages, _ = cell
@@ -157,11 +165,15 @@ def check(cell: tuple, *, sparse: bool) -> list[StepPlan]:
         page_size=page_size,
         pages_per_rank=pages,
     )
-    scheduler, prompts = make_scheduler(cell), traffic(chance)
+    scheduler, prompts = make_scheduler(cell, bursts), traffic(chance)
     try:
         outputs, plans, aborted = serve(engine, scheduler, prompts, chance, sparse)
     finally:
         engine.close()
+    for item in engine.told:
+        whole = outputs[item.rid]
+        said = whole[item.first : item.first + 1]
+        assert item.tokens == tuple(said) or item.rid in aborted, "told another token"
     for index, tokens in enumerate(prompts):
         expected, got = truth(KIND, tuple(tokens)), outputs[f"r{index}"]
         if f"r{index}" not in aborted:

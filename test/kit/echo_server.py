@@ -12,8 +12,13 @@ from sps_runtime.config.scheduler import SchedulerConfig
 from sps_runtime.costmodel.costs import StepCosts
 from sps_runtime.costmodel.strategy import ModelShape
 from sps_runtime.grammar.matchers import Matchers
-from sps_runtime.runner.echo import ECHO_DENSITY, EchoMemory, EchoWorld
-from sps_runtime.runner.echo_answers import echo_generate, echo_hidden, echo_prompt_logprobs
+from sps_runtime.runner.echo import EchoMemory, EchoWorld
+from sps_runtime.runner.echo_answers import (
+    ECHO_DENSITY,
+    echo_generate,
+    echo_hidden,
+    echo_prompt_logprobs,
+)
 from sps_runtime.scheduler.policies.sps import Sps
 from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
@@ -57,7 +62,7 @@ class Referee:
         assert plan.sequences, "a plan has a sequence"
         slots = [sequence.slot for sequence in plan.sequences]
         assert len(set(slots)) == len(slots), "a slot is in a plan twice"
-        self._epoch = plan.epoch
+        self._epoch = plan.epoch + plan.steps - 1
         writes: set[int] = set()
         uses: dict[int, tuple[int, int]] = {}
         for sequence in plan.sequences:
@@ -116,6 +121,7 @@ class EchoServer:
         seed: int = 0,
         zero_copy: bool = True,
         no_sparse: str = "",
+        bursts: bool = True,
         parallel: dict[str, object] | None = None,
         cache: dict[str, object] | None = None,
         **config: object,
@@ -131,6 +137,7 @@ class EchoServer:
             ModelLimits(context, frozenset({EOS}), vocab),
             StepCosts(SHAPE, LinkCost(1e-5, 1e9, zero_copy), 1e9),
             no_sparse,
+            bursts,
         )
         memory = EchoMemory.allocate(sp, pages, page_size, board_slots(scheduler_config), tp)
         self.grammars = ToyGrammars(vocab, EOS)
@@ -144,6 +151,7 @@ class EchoServer:
         self.finals: dict[str, TokensOut] = {}
         self.news: list[TokensOut] = []
         self.plans: list[StepPlan] = []
+        self.hurried: list[int] = []
         self.on_plan: Callable[[StepPlan], None] = self.plans.append
 
     def add(
@@ -183,6 +191,7 @@ class EchoServer:
             self.sparse_referee.plan(plan)
             self.on_plan(plan)
             self.world.submit(plan)
+        self.hurried += self.scheduler.hurry()
         for _ in range(polls):
             if not self.world.busy or (self._mail and self.chance.random() < 0.5):
                 self._deliver()

@@ -13,7 +13,7 @@ from sps_runtime.types.sampling import LogprobParams
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_next_plan_goes_before_the_token_is_known(overlap: bool) -> None:
-    server = EchoServer(sp=1, overlap=overlap)
+    server = EchoServer(sp=1, overlap=overlap, bursts=False)
     server.add([4, 5, 6], 8, ignore_eos=True)
     server.turn(polls=0)
     assert len(server.plans) == (2 if overlap else 1)

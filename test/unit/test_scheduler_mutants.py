@@ -64,10 +64,11 @@ def fence_opens_with_any_epoch(monkeypatch):
 def one_rank_speaks_for_all(monkeypatch):
     """An epoch counts as acknowledged when its first rank has answered."""
 
-    def send(self, ranks):
-        self.sent += 1
-        self._pending[self.sent] = {min(ranks)}
-        return self.sent
+    def send(self, ranks, steps=1):
+        epoch = self.sent + 1
+        self.sent += steps
+        self._pending[epoch] = {min(ranks)}
+        return epoch
 
     monkeypatch.setattr(Fence, "send", send)
 
@@ -199,12 +200,12 @@ def tokens_are_taken_as_they_come(monkeypatch):
     """A later plan's token is given out before an earlier one's that another rank has."""
 
     def collect(run):
-        flights = [f for f in run.flights if f.samples and not f.taken and f.token is not None]
         news = []
-        for flight in flights:
-            news.append(results._take(run, flight, flight.token))
-            if news[-1].finish is not None:
-                break
+        for flight in run.flights:
+            for sampled in flight.tokens[flight.taken :]:
+                news.append(results._take(run, flight, sampled))
+                if news[-1].finish is not None:
+                    return news
         return news
 
     monkeypatch.setattr("sps_runtime.scheduler.scheduler.collect", collect)
@@ -239,9 +240,9 @@ def stale_board_token(monkeypatch):
     """A plan reads the token of the sequence's first plan under way instead of its last."""
     right = Planner._sequence_plan
 
-    def sequence_plan(self, run, count):
+    def sequence_plan(self, run, count, mask, steps=1):
         run.flights.reverse()
-        plan = right(self, run, count)
+        plan = right(self, run, count, mask, steps)
         run.flights.reverse()
         return plan
 
@@ -331,7 +332,9 @@ def busy_server(seed: int) -> None:
     for _ in range(16):
         shared = chance.choice(bases)[: chance.randrange(10)]
         own = [chance.randrange(4, server.vocab) for _ in range(chance.randrange(1, 6))]
-        server.add(shared + own, chance.randrange(1, 9), presence_penalty=chance.choice([0.0, 0.5]))
+        server.add(
+            shared + own, chance.randrange(1, 12), presence_penalty=chance.choice([0.0, 0.5])
+        )
         for _ in range(chance.randrange(8)):
             server.turn()
             server.scheduler.check()

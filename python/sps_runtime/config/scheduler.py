@@ -18,6 +18,7 @@ class SchedulerConfig:
     conservativeness: how much of max_new_tokens admission reserves (SGLang's factor).
     overlap: send plan n+1 before the tokens of plan n are known.
     max_steps_in_flight: plans a rank may have waiting, running one included.
+    max_burst_steps: decode steps that ranks run by themselves while no request waits; 1 for none.
     csa_min_tokens: prompts below it run exact though they ask for csa; None: what the cost model
         says.
     """
@@ -31,4 +32,5 @@ class SchedulerConfig:
     conservativeness: float = 1.0
     overlap: bool = True
     max_steps_in_flight: int = 2
+    max_burst_steps: int = 32
     csa_min_tokens: int | None = None

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from sps_runtime.frontend.patience import Patience
 from sps_runtime.frontend.request_state import Output, RequestState
 
 
@@ -33,7 +34,8 @@ class OutputGroup:
         self._open = len(states)
         self._ready: deque[RequestState] = deque()
         self._queued: set[str] = set()
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._patience: Patience | None = None
         self._progressed = False
 
     def notify(self, state: RequestState) -> None:
@@ -44,12 +46,16 @@ class OutputGroup:
             return
         self._queued.add(state.rid)
         self._ready.append(state)
-        self._wake.set()
+        self._wake()
 
     def notify_progress(self) -> None:
         """Called by the manager when a prefill has come further."""
         self._progressed = True
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def prefill(self) -> tuple[int, int] | None:
         """Prompt tokens done and in all, of all sequences; None when no prefill is known to be
@@ -71,11 +77,7 @@ class OutputGroup:
             if self._progressed:
                 self._progressed = False
                 return None
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._wake.wait()
-            except TimeoutError:
+            if not await self._news(timeout_s):
                 return None
         state = self._ready.popleft()
         self._queued.discard(state.rid)
@@ -83,6 +85,28 @@ class OutputGroup:
         if output.finish is not None:
             self._open -= 1
         return output
+
+    async def _news(self, timeout_s: float | None) -> bool:
+        """Wait until there is something to look at; False when nothing came in time."""
+        patience = self._patient(timeout_s)
+        self._waiter = asyncio.get_running_loop().create_future()
+        if patience is not None:
+            patience.begin()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if patience is not None:
+                patience.end()
+        return bool(self._ready) or self._progressed
+
+    def _patient(self, timeout_s: float | None) -> Patience | None:
+        known = self._patience
+        if timeout_s is not None and (known is None or known.timeout_s != timeout_s):
+            if known is not None:
+                known.close()
+            self._patience = Patience(timeout_s, self._wake)
+        return None if timeout_s is None else self._patience
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         while True:
@@ -95,4 +119,6 @@ class OutputGroup:
 
     def abort(self, why: str = "the client went away") -> None:
         """End every sequence that still runs; harmless when none does."""
+        if self._patience is not None:
+            self._patience.close()
         self._abort(self.states, why)

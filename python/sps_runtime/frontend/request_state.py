@@ -107,6 +107,8 @@ class RequestState:
         self._text = text
         self._keep_stop = keep_stop
         self._pending = _Pending()
+        self._received = 0
+        self._ahead: dict[int, TokensOut] = {}
         self._observer = observer
         self._clock = clock
         self._created = self._last = clock()
@@ -131,25 +133,40 @@ class RequestState:
         return pending.chars > MAX_PENDING_CHARS or len(pending.logprobs) > MAX_PENDING_LOGPROBS
 
     def feed(self, news: TokensOut) -> None:
-        """Take what the engine says. `finish` is set when the sequence has ended by it."""
+        """Take what the engine says. `finish` is set when the sequence has ended by it.
+
+        Tokens of a burst are said twice, by the rank that samples them and by the scheduler, and
+        the two may overtake each other: what is known already is passed over, and what comes before
+        its time is kept.
+        """
         self.cached_tokens = max(self.cached_tokens, news.cached_tokens)
         self.retractions = max(self.retractions, news.retractions)
         self.prompt_logprobs = news.prompt_logprobs or self.prompt_logprobs
         self.attention = news.attention or self.attention
         self.hidden_state = news.hidden_state or self.hidden_state
-        if news.tokens:
+        known = 0 if news.first < 0 else self._received - news.first
+        if known < 0:
+            self._ahead[news.first] = news
+            return
+        tokens, logprobs = news.tokens[known:], news.logprobs[known:]
+        if not tokens and news.tokens and news.finish is None:
+            return
+        if tokens:
+            self._received += len(tokens)
             self.prefilled = self.prompt_tokens
-            self._time_tokens(len(news.tokens))
+            self._time_tokens(len(tokens))
         stop_token = _stop_token(news)
         hidden = 0 if stop_token is None or self._keep_stop else 1
-        delta = self._text.push(news.tokens[: len(news.tokens) - hidden])
-        used = delta.used if delta.matched is not None else len(news.tokens)
-        self._add(delta.text, news.tokens[:used], news.logprobs[:used])
+        delta = self._text.push(tokens[: len(tokens) - hidden])
+        used = delta.used if delta.matched is not None else len(tokens)
+        self._add(delta.text, tokens[:used], logprobs[:used])
         if delta.matched is not None:
             self._end(Finish("stop", delta.matched))
         elif news.finish is not None:
             self._add(self._text.finish(), (), ())
             self._end(_finish_of(news.finish))
+        elif self._ahead and (follows := self._ahead.pop(self._received, None)) is not None:
+            self.feed(follows)
 
     def fail(self, finish: Finish) -> None:
         """End it here, whatever the engine does."""

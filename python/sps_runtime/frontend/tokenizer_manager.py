@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import msgspec
+
 from sps_runtime.frontend.detokenizer import TextStream
 from sps_runtime.frontend.engine_calls import EngineCalls
 from sps_runtime.frontend.engine_link import EngineLink
@@ -106,8 +108,8 @@ class TokenizerManager:
 
     # ------------------------------------------------------------------------ into the engine
 
-    async def submit(self, queries: Sequence[Query]) -> OutputGroup:
-        """Send all of `queries`, or none.
+    async def submit(self, queries: Sequence[Query], *, live: bool = True) -> OutputGroup:
+        """Send all of `queries`, or none. Unless `live`, tokens may come later, together.
 
         Returns a group whose sequences are numbered query by query, choice by choice.
 
@@ -123,7 +125,9 @@ class TokenizerManager:
         except EngineDead:
             self._observer.rejected(self.health.state)
             raise
-        return self._send_all(requests)
+        return self._send_all(
+            requests if live else [(query, _patient(request)) for query, request in requests]
+        )
 
     async def _admit(self, queries: Sequence[Query]) -> list[tuple[Query, GenerateRequest]]:
         """Check, reserve, tokenize. A slot is reserved before the first character is tokenized."""
@@ -356,3 +360,9 @@ class TokenizerManager:
         self._encoder.close()
         if self._grammars is not None:
             self._grammars.close()
+
+
+def _patient(request: GenerateRequest) -> GenerateRequest:
+    """A request whose tokens may come late; not where their text decides when it ends."""
+    watched = request.sampling.stop or request.sampling.stop_regex
+    return request if watched else msgspec.structs.replace(request, live=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -238,30 +239,43 @@ class AsyncReceiver(_FrameReader[T]):
     """The receiving end of a link for an asyncio loop; one task reads it.
 
     Uses the socket's file descriptor directly: a wake-up takes everything that is there, without
-    one future per message.
+    one future per message. The loop goes on watching it between two calls; that is readable with
+    every change of the socket, until `take` has seen it.
     """
+
+    _waiter: asyncio.Future[list[T]] | None = None
+    _watched = False
 
     async def receive(self) -> list[T]:
         """Wait for messages and return all that are here, at least one, in order."""
-        while True:
-            if messages := self.take():
-                return messages
-            await self._wait()
-
-    async def _wait(self) -> None:
+        if messages := self.take():
+            return messages
         loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-        descriptor = self.socket.fileno()
-        loop.add_reader(descriptor, _set_once, ready)
+        if not self._watched:
+            loop.add_reader(self.socket.fileno(), self._readable, loop)
+            self._watched = True
+        self._waiter = loop.create_future()
         try:
-            await ready
+            return await self._waiter
         finally:
-            loop.remove_reader(descriptor)
+            self._waiter = None
 
+    def _readable(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._waiter is None or self._waiter.done():
+            self._unwatch(loop)  # nobody waits: the next `receive` takes what is here
+        elif messages := self.take():
+            self._waiter.set_result(messages)
 
-def _set_once(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def _unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._watched:
+            loop.remove_reader(self.socket.fileno())
+            self._watched = False
+
+    def close(self) -> None:
+        if self._watched:
+            with suppress(RuntimeError):  # the loop has ended
+                self._unwatch(asyncio.get_running_loop())
+        super().close()
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:

@@ -27,11 +27,13 @@ class Fence:
         """Whether no plan is under way."""
         return not self._pending
 
-    def send(self, ranks: Iterable[int]) -> int:
-        """Open the next epoch, to be acknowledged by the global `ranks`; return it."""
-        self.sent += 1
-        self._pending[self.sent] = set(ranks)
-        return self.sent
+    def send(self, ranks: Iterable[int], steps: int = 1) -> int:
+        """Open the next epoch, to be acknowledged by the global `ranks`; return it. A burst takes
+        as many epochs as it has steps and is acknowledged as the first of them."""
+        epoch = self.sent + 1
+        self.sent += steps
+        self._pending[epoch] = set(ranks)
+        return epoch
 
     def expects(self, epoch: int, rank: int) -> bool:
         """Whether `rank` has yet to acknowledge `epoch`."""

@@ -65,7 +65,8 @@ class EngineProcesses:
         for name in ("fences", "links", "device_links", "weights"):
             self._memory[name] = create_memory(name)
         slots = config.scheduler.max_running_requests
-        self._memory["board"] = create_memory("board", board_bytes(slots))
+        words = slots + config.parallel.world_size  # `runner.bursts` has one for each rank
+        self._memory["board"] = create_memory("board", board_bytes(words))
         self._heartbeat_fd = create_memory("heartbeat", HEARTBEAT_BYTES)
         self.heartbeat = Heartbeat(self._heartbeat_fd)
 

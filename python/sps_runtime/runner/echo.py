@@ -16,17 +16,20 @@ import numpy as np
 
 from sps_runtime.grammar.matchers import Matchers
 from sps_runtime.grammar.protocol import Allowed, GrammarError
+from sps_runtime.runner.bursts import burst_step, joined
 from sps_runtime.runner.echo_answers import (
     Ints,
     Words,
+    echo_ends,
+    made_up_counters,
     made_up_hidden,
     made_up_logprobs,
     pick,
     prefix_states,
 )
-from sps_runtime.sparse.audit import RECORD
 from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
+    Burst,
     HiddenState,
     PromptLogprobs,
     SampledToken,
@@ -40,10 +43,6 @@ from sps_runtime.types.tokens import pack_ids
 
 EMPTY = -1
 """What a KV entry holds that was never written."""
-
-
-ECHO_DENSITY = 0.25
-"""What echo ranks report of sparse attention."""
 
 
 class EchoFault(Exception):
@@ -99,6 +98,9 @@ class EchoRank:
         self._plans: deque[StepPlan] = deque()
         self._last_epoch = 0
         self._written = False
+        self._burst: list[StepResult] = []
+        self._judged = True
+        self._leads: bool | None = None
 
     @property
     def busy(self) -> bool:
@@ -115,13 +117,44 @@ class EchoRank:
             return None
         plan = self._plans[0]
         try:
-            result = self._step(plan)
+            result = self._step(plan) if plan.burst is None else self._go_on(plan, plan.burst)
         except EchoFault as fault:
             result = StepResult(plan.epoch, self.rank, error=str(fault))
         if result is not None:
             self._plans.popleft()
             self._written = False
         return result
+
+    def _go_on(self, plan: StepPlan, burst: Burst) -> StepResult | None:
+        """A burst's next step; its answer after the last."""
+        done = len(self._burst)
+        self._leads = self._sp_rank == plan.group[0]
+        if not self._judged:
+            tokens = self._sampled_in(plan, plan.epoch + done - 1)
+            if tokens is None:
+                return None
+            self._judged = True
+            if echo_ends(burst, plan.epoch + done - 1, tokens):
+                return self._end_burst(plan)
+        result = self._step(burst_step(plan, done, self._page_size))
+        if result is None:
+            return None
+        self._burst.append(result)
+        if len(self._burst) == burst.steps:
+            return self._end_burst(plan)
+        self._written = self._judged = False
+        return None
+
+    def _end_burst(self, plan: StepPlan) -> StepResult:
+        results, self._burst, self._leads = self._burst, [], None
+        return joined(plan, results)
+
+    def _sampled_in(self, plan: StepPlan, epoch: int) -> list[int] | None:
+        """What all sequences of a plan sampled in a step, once that is on the board."""
+        words = [int(self._memory.board[sequence.slot]) for sequence in plan.sequences]
+        if any(word >> 32 != epoch for word in words):
+            return None
+        return [word & 0xFFFFFFFF for word in words]
 
     def _step(self, plan: StepPlan) -> StepResult | None:
         if not self._written:
@@ -142,7 +175,7 @@ class EchoRank:
             if self._reads_all(sequence):
                 states = prefix_states(self._read(sequence))
                 judged.extend(self._judge(sequence, states))
-                if sequence.sample is not None and self._owns_last(sequence):
+                if sequence.sample is not None and self._speaks(sequence):
                     sampled.append(self._sample(plan.epoch, sequence, int(states[-1])))
                 if sequence.hidden_state and self._owns_last(sequence):
                     hidden.append(HiddenState(sequence.slot, made_up_hidden(int(states[-1]))))
@@ -166,15 +199,7 @@ class EchoRank:
         """What a rank would report that reads a quarter of everything."""
         tokens = len(self._own_positions(sequence))
         others = int(np.sum(self._pages(sequence) // self._pages_per_rank != self._sp_rank))
-        return SparseCounters(
-            slot=sequence.slot,
-            read_pairs=tokens,
-            causal_pairs=int(tokens / ECHO_DENSITY),
-            fetched_units=others,
-            remote_units=4 * others,
-            remote_bytes=others * self._page_size,
-            audits=RECORD.pack(0, 0, sequence.start, 0.125, 0.25) if tokens else b"",
-        )
+        return made_up_counters(sequence, tokens, others, self._page_size)
 
     def _check_plan(self, plan: StepPlan) -> None:
         if plan.epoch <= self._last_epoch:
@@ -243,7 +268,11 @@ class EchoRank:
         if sequence.prompt_logprobs_from >= 0:
             return len(self._own_positions(sequence)) > 0
         answers = sequence.sample is not None or sequence.hidden_state
-        return answers and self._owns_last(sequence)
+        return answers and self._speaks(sequence)
+
+    def _speaks(self, sequence: SequencePlan) -> bool:
+        """Whether this rank samples; in a burst its leader does, elsewhere the token's owner."""
+        return self._owns_last(sequence) if self._leads is None else self._leads
 
     def _write(self, sequence: SequencePlan) -> None:
         positions = self._own_positions(sequence)

@@ -9,11 +9,16 @@ from numpy.typing import NDArray
 
 from sps_runtime.grammar.matchers import without
 from sps_runtime.grammar.protocol import Allowed, Matcher
-from sps_runtime.types.plan import TokenLogprobs
+from sps_runtime.sparse.audit import RECORD
+from sps_runtime.types.attention import SparseCounters
+from sps_runtime.types.plan import Burst, SequencePlan, TokenLogprobs
 from sps_runtime.types.sampling import LogprobParams
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+
+ECHO_DENSITY = 0.25
+"""What echo ranks report of sparse attention."""
 
 
 def mix(words: Words) -> Words:
@@ -51,6 +56,13 @@ def pick(
     return int((token + np.flatnonzero(np.roll(kept, -token))[0]) % vocab)
 
 
+def echo_ends(burst: Burst, epoch: int, tokens: Sequence[int]) -> bool:
+    """Whether a burst ends after a step that sampled `tokens`: by a stop, or for no reason at all,
+    as when a message comes."""
+    stopped = any(token in ids for token, ids in zip(tokens, burst.stops, strict=True))
+    return stopped or int(mix(np.array([epoch], np.uint64))[0]) % 5 == 0
+
+
 def made_up_logprobs(
     state: int, token: int, top: int, ids: tuple[int, ...], vocab: int
 ) -> TokenLogprobs:
@@ -59,6 +71,22 @@ def made_up_logprobs(
 
     ranked = tuple(((token + k) % vocab, one((token + k) % vocab)) for k in range(top))
     return TokenLogprobs(token, one(token), ranked, tuple((i, one(i)) for i in ids))
+
+
+def made_up_counters(
+    sequence: SequencePlan, tokens: int, others: int, page_size: int
+) -> SparseCounters:
+    """What a rank reports of sparse attention that computed `tokens` and read `others` pages of
+    other ranks."""
+    return SparseCounters(
+        slot=sequence.slot,
+        read_pairs=tokens,
+        causal_pairs=int(tokens / ECHO_DENSITY),
+        fetched_units=others,
+        remote_units=4 * others,
+        remote_bytes=others * page_size,
+        audits=RECORD.pack(0, 0, sequence.start, 0.125, 0.25) if tokens else b"",
+    )
 
 
 def made_up_hidden(state: int) -> bytes:

@@ -25,10 +25,10 @@ from sps_runtime.types.messages import (
     FromRank,
     LinkCost,
     RankReady,
-    Record,
     StopEngine,
     ToRank,
 )
+from sps_runtime.types.plan import StepPlan
 
 WAIT_FOR_PEERS_S = 0.001
 _BELL_BYTES = 64
@@ -76,7 +76,7 @@ def _serve(
         for plan in [message, *plans.take()] if message else plans.take():
             if isinstance(plan, StopEngine):
                 return
-            if not isinstance(plan, Record):
+            if isinstance(plan, StepPlan):
                 rank.submit(plan)
         _advance(rank, results, delay_s)
 

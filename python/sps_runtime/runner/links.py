@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from contextlib import suppress
+
 import zmq
 
 from sps_runtime.config.process import RankConfig
 from sps_runtime.ipc.curve import Curve
 from sps_runtime.ipc.links import Receiver, Sender
-from sps_runtime.types.messages import FromRank, ToRank
+from sps_runtime.types.messages import FromRank, ToFrontend, TokensBatch, ToRank
 
 
 def open_links(
@@ -21,3 +24,44 @@ def open_links(
     plans: Receiver[ToRank] = Receiver(context, address, ToRank, bind=not remote, curve=curve)
     results: Sender[FromRank] = Sender(context, endpoints.results, curve=curve)
     return plans, results
+
+
+class Inbox:
+    """Messages from the scheduler, of which a running burst must know whether there are any."""
+
+    def __init__(self, plans: Receiver[ToRank]) -> None:
+        self._plans = plans
+        self._here: deque[ToRank] = deque()
+
+    def next(self) -> ToRank:
+        """The next message; waits for it."""
+        while not self._here:
+            message = self._plans.receive()
+            if message is not None:
+                return message
+        return self._here.popleft()
+
+    def waiting(self) -> bool:
+        """Whether a message is here."""
+        self._here.extend(self._plans.take())
+        return bool(self._here)
+
+
+class Teller:
+    """Tells this host's front end a burst's tokens. Its link is opened when it is first used."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self._context = context
+        self._endpoint = endpoint
+        self._link: Sender[ToFrontend] | None = None
+
+    def tell(self, news: TokensBatch) -> None:
+        """Send; what cannot be sent is left to the scheduler, who says it again."""
+        if self._link is None:
+            self._link = Sender(self._context, self._endpoint)
+        with suppress(ConnectionError, ValueError):
+            self._link.send(news)
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()

@@ -20,7 +20,7 @@ from sps_runtime.config.engine import EngineConfig
 from sps_runtime.config.model import load_model_config
 from sps_runtime.config.parallel import Arch
 from sps_runtime.config.process import RankConfig
-from sps_runtime.ipc.links import Receiver, Sender, new_context
+from sps_runtime.ipc.links import Sender, new_context
 from sps_runtime.ipc.memory import map_memory
 from sps_runtime.ipc.process import ChildContext, child_context
 from sps_runtime.layers.placement import GroupLinks
@@ -31,9 +31,10 @@ from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.operators import Operators
 from sps_runtime.ops.recording import Recorder, StepRecorder
 from sps_runtime.runner.assembly import Setup, open_gpu_means, open_means
+from sps_runtime.runner.bursts import Bursts
 from sps_runtime.runner.gpu import rank_device
 from sps_runtime.runner.grammar_masks import open_masks
-from sps_runtime.runner.links import open_links
+from sps_runtime.runner.links import Inbox, Teller, open_links
 from sps_runtime.runner.measure import measure_decode, measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.place import Place
@@ -51,9 +52,8 @@ from sps_runtime.types.messages import (
     RankReady,
     Record,
     StopEngine,
-    ToRank,
 )
-from sps_runtime.types.plan import StepResult
+from sps_runtime.types.plan import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -71,32 +71,52 @@ def run(child: ChildContext[RankConfig]) -> None:
     config, context = child.config, new_context()
     timeline = open_timeline(config.log.trace_file, config.rank, child.name)
     plans, results = open_links(context, config)
+    inbox, teller = Inbox(plans), Teller(context, config.endpoints.frontend)
     try:
         runner, ready = start(child, timeline)
         results.send(ready)
         child.ready(ready.detail)
         gc.collect()
         gc.freeze()  # what was loaded stays: collections need not look at it again
-        loop(config.rank, runner, plans, results)
+        bursts = open_bursts(child, runner, inbox, teller)
+        loop(config.rank, runner, bursts, inbox, results)
     finally:
+        teller.close()
         plans.close()
         results.close(FAREWELL_MS)
         context.term()
         timeline.flush()
 
 
+def open_bursts(
+    child: ChildContext[RankConfig], runner: ModelRunner, inbox: Inbox, teller: Teller
+) -> Bursts:
+    """What runs this rank's bursts."""
+    config, engine = child.config, child.config.engine
+    return Bursts(
+        config.rank,
+        engine.parallel.tp_size,
+        engine.cache.page_size,
+        runner.execute,
+        TokenBoard(map_memory(child.fds["board"]), engine.spin_s),
+        inbox.waiting,
+        teller.tell,
+        engine.watchdog_timeout_s,
+    )
+
+
 def loop(
-    rank: int, runner: ModelRunner, plans: Receiver[ToRank], results: Sender[FromRank]
+    rank: int, runner: ModelRunner, bursts: Bursts, inbox: Inbox, results: Sender[FromRank]
 ) -> None:
     """Execute plans in the order in which they come, until `StopEngine`."""
-    while not isinstance(message := plans.receive(), StopEngine):
-        if message is None:
-            continue
+    while not isinstance(message := inbox.next(), StopEngine):
         if isinstance(message, Record):
             runner.record(message.on)
+        if not isinstance(message, StepPlan):
             continue
         try:
-            results.send(runner.execute(message))
+            execute = runner.execute if message.burst is None else bursts.run
+            results.send(execute(message))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             results.send(StepResult(message.epoch, rank, error=reason))
@@ -142,6 +162,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
         ),
         no_sparse=no_sparse(means),
         detail=detail,
+        bursts=device.type == "cpu",
     )
     logger.info("ready after %.1f s: %s", time.monotonic() - began, detail)
     return runner, ready

@@ -22,6 +22,7 @@ from sps_runtime.telemetry.timeline import Timeline
 from sps_runtime.types.errors import EngineDead
 from sps_runtime.types.messages import (
     Abort,
+    EndBurst,
     FlushCache,
     FromRank,
     GetState,
@@ -173,6 +174,8 @@ class SchedulerLoop:
             self._take_request(message)
         for plan in self._core.next_plans():
             self._send_plan(plan)
+        for rank in self._core.hurry():
+            self._links.ranks[rank].send(EndBurst())
         self._send_news()
         self._heartbeat.beat()
         self._watchdog.check()

@@ -11,10 +11,18 @@ from sps_runtime.scheduler.sequence import Flight, Run
 
 @dataclass
 class SentStep:
-    """A plan under way: its sequences by board slot."""
+    """A plan under way: its sequences by board slot.
+
+    Attributes:
+        steps: how many it has; of a burst, once a rank has answered, how many were run.
+        answered: a rank has.
+    """
 
     mask: int
     flights: dict[int, tuple[Run, Flight]]
+    steps: int = 1
+    answered: bool = False
+    hurried: bool = False
 
 
 class Pipeline:
@@ -60,14 +68,21 @@ class Pipeline:
     def send(self, step: Step) -> int:
         """Open an epoch for a step; return it."""
         ranks = self._global_ranks(step.mask)
-        epoch = self._fence.send(ranks)
+        epoch = self._fence.send(ranks, step.steps)
         for rank in ranks:
             self._under_way[rank] += 1
         self._group_turns[step.phase, step.mask] = epoch
         for rank in mask_ranks(step.mask):
             self._phase_turns[step.phase, rank] = epoch
-        self.sent[epoch] = SentStep(step.mask, {})
+        self.sent[epoch] = SentStep(step.mask, {}, step.steps)
         return epoch
+
+    def hurry(self) -> list[int]:
+        """The global ranks that lead bursts under way, each burst's once."""
+        bursts = [step for step in self.sent.values() if step.steps > 1 and not step.hurried]
+        for step in bursts:
+            step.hurried = True
+        return [self._global_ranks(step.mask)[0] for step in bursts if not step.answered]
 
     def expects(self, epoch: int, rank: int) -> bool:
         """Whether a rank owes an answer to this epoch."""

@@ -14,6 +14,7 @@ from sps_runtime.kvcache.placement import (
     next_owner,
 )
 from sps_runtime.scheduler.budget import pages_for
+from sps_runtime.scheduler.bursts import plan_burst
 from sps_runtime.scheduler.chunking import superblock_pages
 from sps_runtime.scheduler.policies.view import Step, View, mask_ranks
 from sps_runtime.scheduler.sequence import Run, Sequence
@@ -56,6 +57,8 @@ class Planner:
                     return Pages.CHANGED
             kept.append((run, count))
         step.items = kept
+        if step.steps > 1:
+            step.steps = min(self._reserve_ahead(run, step) for run, _ in kept)
         return Pages.READY if kept else Pages.SHORT
 
     def build(self, epoch: int, step: Step) -> StepPlan:
@@ -65,11 +68,12 @@ class Planner:
             epoch=epoch,
             group=group,
             sequences=tuple(
-                self._sequence_plan(run, count, step.mask) for run, count in step.items
+                self._sequence_plan(run, count, step.mask, step.steps) for run, count in step.items
             ),
             placement=step.placement if len(group) > 1 else "sharded",
             strategy=step.strategy or self._strategy(step, group),
             phase=step.phase,
+            burst=plan_burst(step) if step.steps > 1 else None,
         )
 
     def samples(self, run: Run, count: int) -> bool:
@@ -85,6 +89,19 @@ class Planner:
         if owner is None or not self._cache.allocate(run.handle, [owner]):
             return None
         return owner
+
+    def _reserve_ahead(self, run: Run, step: Step) -> int:
+        """Place the pages of a burst's further tokens, as far as the run's ranks have room; the
+        steps that they serve."""
+        ranks = mask_ranks(step.mask if step.spread else run.table.owner_mask)
+        while True:
+            steps = len(run.table.pages) * self._page_size - run.sent
+            room = self._cache.room()
+            owner = max(ranks, key=lambda rank: room[rank])
+            if steps >= step.steps or not room[owner]:
+                return min(steps, step.steps)
+            if not self._cache.allocate(run.handle, [owner]):
+                return steps
 
     def _reserve_chunk(self, run: Run, end: int, mask: int) -> int:
         """Place the pages of positions up to `end`, or to where the group has room; that end."""
@@ -123,7 +140,7 @@ class Planner:
         run.short = end <= run.sent
         return end
 
-    def _sequence_plan(self, run: Run, count: int, mask: int) -> SequencePlan:
+    def _sequence_plan(self, run: Run, count: int, mask: int, steps: int = 1) -> SequencePlan:
         sequence, start, end = run.sequence, run.sent, run.sent + count
         tokens = sequence.tokens[start:end]
         judged = self._prompt_logprobs_from(sequence, end)
@@ -133,7 +150,7 @@ class Planner:
             start=start,
             count=count,
             tokens=tokens.tobytes(),
-            pages=run.table.packed(pages_for(end, self._page_size)),
+            pages=run.table.packed(pages_for(end + steps - 1, self._page_size)),
             board_epoch=run.flights[-1].epoch if len(tokens) < count else -1,
             sample=self._sample_plan(run) if self.samples(run, count) else None,
             prompt_logprobs_from=judged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Mapping
@@ -70,6 +71,8 @@ def run(child: ChildContext[SchedulerProcessConfig]) -> None:
         cache = config.engine.cache
         links.frontend.send(EngineReady(config.engine.max_total_tokens, cache.page_size))
         child.ready()
+        gc.collect()
+        gc.freeze()  # what was made so far stays: collections need not look at it again
         loop.run()
     except Exception as error:
         links.frontend.send(EngineFailed(f"{type(error).__name__}: {error}"))
@@ -91,7 +94,10 @@ def make_scheduler(
     )
     refusals = (ready[rank].no_sparse for rank in sorted(ready))
     no_sparse = next(filter(None, refusals), "")
-    return Scheduler(config.scheduler, config.cache, config.parallel, limits, costs, no_sparse)
+    bursts = all(rank.bursts for rank in ready.values())
+    return Scheduler(
+        config.scheduler, config.cache, config.parallel, limits, costs, no_sparse, bursts
+    )
 
 
 def measured_costs(

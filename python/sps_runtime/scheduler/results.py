@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from sps_runtime.scheduler.sequence import Flight, Run, Sequence
 from sps_runtime.types.attention import AttentionReport, SparseCounters
 from sps_runtime.types.errors import EngineDead
@@ -20,21 +22,46 @@ def collect(run: Run) -> list[TokensOut]:
     """
     news: list[TokensOut] = []
     for flight in run.flights:
-        if not flight.samples or flight.taken:
+        if not flight.due:
             continue
-        if flight.token is None and flight.complete:
+        if len(flight.tokens) < flight.samples and flight.complete:
             raise EngineDead(f"no rank sampled a token in epoch {flight.epoch}")
-        if flight.token is None or _waits_for_prompt(run, flight):
+        if len(flight.tokens) < flight.samples or _waits_for_prompt(run, flight):
             break
-        if flight.token.failure is not None:
-            news.append(_fail(run, flight, flight.token.failure))
-            break
-        if _waits_for_report(run, flight.token.token):
-            break
-        news.append(_take(run, flight, flight.token))
+        while flight.due and not (news and news[-1].finish):
+            sampled = flight.tokens[flight.taken]
+            if sampled.failure is not None:
+                news.append(_fail(run, flight, sampled.failure))
+            elif _waits_for_report(run, sampled.token):
+                return news
+            else:
+                news.append(_take(run, flight, sampled))
         if news[-1].finish is not None:
             break
     return news
+
+
+def shorten(run: Run, flight: Flight, steps: int) -> None:
+    """A burst ended after `steps` steps: what its plan promised beyond them is not there."""
+    surplus = flight.samples - steps
+    flight.samples -= surplus
+    flight.end -= surplus
+    run.sent -= surplus
+    run.unknown -= surplus
+
+
+def joined(news: list[TokensOut]) -> list[TokensOut]:
+    """News of one request's tokens in one message, where all that they have are tokens."""
+    if len(news) < 2 or any(item.prompt_logprobs or item.attention for item in news):
+        return news
+    return [
+        msgspec.structs.replace(
+            news[-1],
+            tokens=tuple(token for item in news for token in item.tokens),
+            logprobs=tuple(entry for item in news for entry in item.logprobs),
+            first=news[0].first,
+        )
+    ]
 
 
 def final(sequence: Sequence, reason: StopReason) -> TokensOut:
@@ -58,12 +85,13 @@ def prefill_only(run: Run) -> TokensOut | None:
 
 def _take(run: Run, flight: Flight, sampled: SampledToken) -> TokensOut:
     sequence = run.sequence
-    flight.taken = True
+    flight.taken += 1
     run.unknown -= 1
     sequence.append(sampled.token)
     return _news(
         sequence,
         tokens=(sampled.token,),
+        first=sequence.generated - 1,
         finish=_stop_reason(sequence, sampled.token),
         logprobs=(sampled.logprobs,) if sampled.logprobs is not None else (),
         prompt_logprobs=_prompt_logprobs(run),
@@ -83,7 +111,7 @@ def _first_report(run: Run) -> AttentionReport | None:
 
 def _fail(run: Run, flight: Flight, why: str) -> TokensOut:
     """End a request whose grammar has no next token."""
-    flight.taken = True
+    flight.taken += 1
     run.unknown -= 1
     return _news(run.sequence, finish=StopReason("abort", message=why, status=400))
 
@@ -135,6 +163,7 @@ def _news(
     sequence: Sequence,
     *,
     tokens: tuple[int, ...] = (),
+    first: int = -1,
     finish: StopReason | None = None,
     logprobs: tuple[TokenLogprobs, ...] = (),
     prompt_logprobs: tuple[TokenLogprobs, ...] = (),
@@ -154,4 +183,5 @@ def _news(
         retractions=sequence.retractions,
         attention=report,
         hidden_state=hidden_state,
+        first=first,
     )

@@ -96,7 +96,7 @@ class Runs:
         assert shared * size <= max(run.acked, 0), "a page was cached before it was written"
         if run.live:
             assert (run.handle in self.live) and (run.handle not in self.draining)
-            due = sum(flight.samples and not flight.taken for flight in run.flights)
+            due = sum(flight.due for flight in run.flights)
             assert run.unknown == due, "tokens under way are miscounted"
             if not run.prefilling and sequence.max_new:
                 assert run.sent + 1 == len(sequence.tokens) + run.unknown, "positions out of step"
@@ -104,7 +104,7 @@ class Runs:
     @staticmethod
     def _retired(run: Run) -> bool:
         flight = run.flights[0]
-        return flight.complete and (flight.taken or not flight.samples or not run.live)
+        return flight.complete and not (flight.due and run.live)
 
     def _commit(self, run: Run, written: int) -> None:
         size = self._cache.page_size

@@ -13,12 +13,19 @@ from sps_runtime.kvcache.prefix_cache import PrefixCache
 from sps_runtime.scheduler.admission import Admission
 from sps_runtime.scheduler.budget import most_pages
 from sps_runtime.scheduler.figures import Figures
-from sps_runtime.scheduler.pipeline import Pipeline
+from sps_runtime.scheduler.pipeline import Pipeline, SentStep
 from sps_runtime.scheduler.planner import Pages, Planner
 from sps_runtime.scheduler.policies import make_policy
 from sps_runtime.scheduler.policies.view import Step, View
 from sps_runtime.scheduler.queue import WaitingQueue
-from sps_runtime.scheduler.results import collect, final, prefill_only, take_counters
+from sps_runtime.scheduler.results import (
+    collect,
+    final,
+    joined,
+    prefill_only,
+    shorten,
+    take_counters,
+)
 from sps_runtime.scheduler.runs import Runs
 from sps_runtime.scheduler.sequence import Flight, Run, Sequence, new_sequence
 from sps_runtime.scheduler.sparsity import SparseRules
@@ -79,6 +86,7 @@ class Scheduler:
 
     Args:
         no_sparse: why ranks cannot run sparse attention; empty where they can.
+        bursts: ranks run bursts.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class Scheduler:
         limits: ModelLimits,
         costs: StepCosts,
         no_sparse: str = "",
+        bursts: bool = False,
     ) -> None:
         self._limits = limits
         self._cache = PrefixCache(
@@ -100,6 +109,8 @@ class Scheduler:
         )
         self._runs = Runs(self._cache, board_slots(config))
         self._view = View(config, cache_config, parallel, costs, self._cache, self._runs.live)
+        if bursts and config.overlap and parallel.nnodes == 1:
+            self._view.burst = config.max_burst_steps
         self._queue = WaitingQueue(config.schedule_policy, config.max_queued_requests)
         self._admission = Admission(self._view, self._queue, self._runs)
         self._pipeline = Pipeline(self._cache, parallel.tp_size, config.max_steps_in_flight)
@@ -112,6 +123,7 @@ class Scheduler:
         self._arrivals = 0
         self._progress: dict[str, PrefillProgress] = {}
         self._flush_due = False
+        self._hurry = False
 
     def add(self, request: GenerateRequest) -> list[TokensOut]:
         """Accept a request. Returns its final message when it can never be served, or not now.
@@ -132,6 +144,7 @@ class Scheduler:
         if refusal is not None:
             return [final(sequence, refusal)]
         self._arrivals += 1
+        self._hurry = True
         self._sequences[sequence.rid] = sequence
         self._queue.push(sequence)
         return []
@@ -142,6 +155,7 @@ class Scheduler:
         if sequence is None:
             return []
         self._figures.aborts_total += 1
+        self._hurry = True
         return [self._finish(sequence, StopReason("abort", message=message))]
 
     def flush(self) -> bool:
@@ -187,9 +201,9 @@ class Scheduler:
             raise EngineDead(f"rank {result.rank} failed in epoch {result.epoch}: {result.error}")
         if not self._pipeline.expects(result.epoch, result.rank):
             raise EngineDead(f"rank {result.rank} owes no answer to epoch {result.epoch}")
-        flights = self._pipeline.sent[result.epoch].flights
+        flights = self._answered(result).flights
         for sampled in result.sampled:
-            flights[sampled.slot][1].token = sampled
+            flights[sampled.slot][1].tokens.append(sampled)
         for piece in result.prompt_logprobs:
             flights[piece.slot][0].prompt_pieces.append(piece)
         for hidden in result.hidden_states:
@@ -198,15 +212,22 @@ class Scheduler:
         for counted in result.sparse:
             take_counters(flights[counted.slot][0], flights[counted.slot][1], counted)
         complete = self._pipeline.acknowledge(result.epoch, result.rank)
-        self._figures.steps_total += complete
+        self._figures.steps_total += result.steps * complete
         runs = [run for run, _ in flights.values()]
         if not complete:
-            runs = [flights[sampled.slot][0] for sampled in result.sampled]
+            slots = dict.fromkeys(sampled.slot for sampled in result.sampled)
+            runs = [flights[slot][0] for slot in slots]
         news = [item for run in runs for item in self._advance(run)]
         if self._flush_due and not self._runs.draining:
             self._cache.flush()
             self._flush_due = False
         return news
+
+    def hurry(self) -> list[int]:
+        """Global ranks that must be told to end their burst (`EndBurst`): since the last call
+        something came that a plan may follow from."""
+        hurried, self._hurry = self._hurry, False
+        return self._pipeline.hurry() if hurried else []
 
     def take_progress(self) -> list[PrefillProgress]:
         """How far prompts have come that take several steps, since the last call."""
@@ -293,7 +314,11 @@ class Scheduler:
         coming = self._cache.quarantined() or self._runs.draining
         if step.phase == "prefill" or coming or len(self._runs) < 2:
             return False
-        self._retract(self._runs.newest())
+        newest = self._runs.newest()
+        if any(flight.samples > 1 for flight in newest.flights):
+            self._hurry = True  # Of a burst's tokens the client has been told already.
+            return False
+        self._retract(newest)
         return True
 
     def _retract(self, run: Run) -> None:
@@ -310,7 +335,9 @@ class Scheduler:
         plan = self._planner.build(epoch, step)
         flights = self._pipeline.sent[epoch].flights
         for run, count in step.items:
-            flight = Flight(epoch, run.sent + count, self._planner.samples(run, count))
+            samples = step.steps * self._planner.samples(run, count)
+            count += step.steps - 1
+            flight = Flight(epoch, run.sent + count, samples)
             flight.sparse = run.sparse_now is not None
             run.flights.append(flight)
             if run.sparse_now is not None:
@@ -321,6 +348,16 @@ class Scheduler:
             flights[run.slot] = (run, flight)
         return plan
 
+    def _answered(self, result: StepResult) -> SentStep:
+        """The plan that a rank answers; of a burst, cut to the steps that were run."""
+        sent = self._pipeline.sent[result.epoch]
+        if not (1 <= result.steps <= sent.steps) or (sent.answered and result.steps != sent.steps):
+            raise EngineDead(f"rank {result.rank} ran {result.steps} steps of epoch {result.epoch}")
+        for run, flight in sent.flights.values() if result.steps < sent.steps else ():
+            shorten(run, flight, result.steps)
+        sent.steps, sent.answered = result.steps, True
+        return sent
+
     def _advance(self, run: Run) -> list[TokensOut]:
         """Take a run's new tokens, commit its new pages, end it where it ends."""
         acked = run.acked
@@ -328,8 +365,8 @@ class Scheduler:
             self._runs.settle(run)
         if not run.live:
             return []
-        news = collect(run)
-        self._figures.generated_tokens_total += len(news)
+        news = joined(collect(run))
+        self._figures.generated_tokens_total += sum(len(item.tokens) for item in news)
         if not run.sequence.max_new and (message := prefill_only(run)):
             news = [message]
         if news and news[-1].finish is not None:

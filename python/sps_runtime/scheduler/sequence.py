@@ -115,20 +115,25 @@ class Flight:
 
     Attributes:
         end: positions below it are in the pages once every rank has answered.
-        samples: whether the plan samples a token for it.
-        token: the sampled token, when its rank has answered.
-        taken: the token was given out (or thrown away).
+        samples: how many tokens the plan samples for it: more than one in a burst.
+        tokens: the sampled tokens, when their rank has answered.
+        taken: how many of them were given out (or thrown away).
         complete: every rank has answered.
         sparse: it prefills under csa.
     """
 
     epoch: int
     end: int
-    samples: bool
-    token: SampledToken | None = None
-    taken: bool = False
+    samples: int
+    tokens: list[SampledToken] = field(default_factory=list)
+    taken: int = 0
     complete: bool = False
     sparse: bool = False
+
+    @property
+    def due(self) -> int:
+        """Tokens that were not taken yet."""
+        return self.samples - self.taken
 
 
 @dataclass(eq=False)

@@ -80,7 +80,7 @@ async def complete(call: Call, queries: Sequence[Query]) -> list[Answer]:
         InvalidRequest, EngineDead: nothing was run.
         AnswerFailed: it was, and failed.
     """
-    group = await call.service.manager.submit(queries)
+    group = await call.service.manager.submit(queries, live=False)
     answers = [Answer(state) for state in group.states]
     async with aborted_with_client(call.request, group):
         async for output in group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from sps_runtime.frontend.output_group import OutputGroup
+from sps_runtime.frontend.patience import Patience
 from sps_runtime.frontend.request_state import Output
 from sps_runtime.server.answers import aborted_with_client, raise_failure
 from sps_runtime.server.error_handlers import describe, request_id_header
@@ -73,6 +74,39 @@ DATA_ONLY = Framing(data_event, _failed, _DONE)
 """SGLang's and OpenAI's first APIs: nameless events, then ``[DONE]``."""
 
 
+class _Writer:
+    """Writes a body; one write may wait for `stall_s` for the client to read.
+
+    Raises:
+        TimeoutError: by `write`, when it waited longer.
+    """
+
+    def __init__(self, send: Send, stall_s: float) -> None:
+        self._send = send
+        self._task = asyncio.current_task()
+        self._patience = Patience(stall_s, self._stalled)
+        self._late = False
+
+    async def write(self, chunk: bytes) -> None:
+        self._patience.begin()
+        try:
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except asyncio.CancelledError:
+            if self._late and self._task is not None and not self._task.uncancel():
+                raise TimeoutError from None
+            raise
+        finally:
+            self._patience.end()
+
+    def _stalled(self) -> None:
+        self._late = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def close(self) -> None:
+        self._patience.close()
+
+
 class EventStream:
     """The streamed answer of an admitted group.
 
@@ -104,6 +138,7 @@ class EventStream:
         self._opening = opening
         self._closing = closing
         self._framing = framing
+        self._ended = False
         self._headers = {**_HEADERS, **request_id_header(call.request), **(headers or {})}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,32 +156,34 @@ class EventStream:
     async def _run(self, send: Send) -> None:
         headers = [(k.encode(), v.encode("latin-1")) for k, v in self._headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for chunk in self._chunks():
-            async with asyncio.timeout(self._timeouts.stall):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        writer = _Writer(send, self._timeouts.stall)
+        try:
+            await writer.write(self._joined(self._opening))
+            while not self._ended:
+                await writer.write(await self._chunk())
+            await writer.write(self._framing.end)
+        finally:
+            writer.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        yield self._joined(self._opening)
+    async def _chunk(self) -> bytes:
+        """What comes next; `_ended` is set with the last."""
         try:
-            async for chunk in self._output_chunks():
-                yield chunk
-            yield self._joined(self._closing())
+            output = await self._next()
+            if output is not None:
+                raise_failure(output.finish)
+                return self._joined(self._events(output))
+            return self._joined(self._closing()) if self._ended else self._comment()
         except Exception as error:
-            yield self._framing.failed(error)
-        yield self._framing.end
+            self._ended = True
+            return self._framing.failed(error)
 
-    async def _output_chunks(self) -> AsyncIterator[bytes]:
-        while True:
-            try:
-                output = await self._group.next(self._timeouts.ping)
-            except StopAsyncIteration:
-                return
-            if output is None:
-                yield self._comment()
-                continue
-            raise_failure(output.finish)
-            yield self._joined(self._events(output))
+    async def _next(self) -> Output | None:
+        try:
+            return await self._group.next(self._timeouts.ping)
+        except StopAsyncIteration:
+            self._ended = True
+            return None
 
     def _joined(self, events: Iterable[Any]) -> bytes:
         return b"".join(map(self._framing.event, events))

@@ -14,7 +14,7 @@ from sps_runtime.types.messages import EngineState
 
 logger = logging.getLogger("sps_runtime.requests")
 
-LAG_INTERVAL_S = 0.05
+LAG_INTERVAL_S = 0.25
 LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
@@ -87,6 +87,7 @@ class Metrics:
         if state is not self._known:
             self._engine.update(state, time.monotonic())
             self._known = state
+        self._requests.settle()
         self._lag.set(self._worst_lag_s)
         self._worst_lag_s = 0.0
         return render(self._registry)

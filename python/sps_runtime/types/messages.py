@@ -4,6 +4,7 @@ frontend  -> scheduler : ToScheduler
 scheduler -> frontend  : ToFrontend
 scheduler -> rank      : ToRank
 rank      -> scheduler : FromRank
+rank      -> frontend  : TokensBatch, of bursts
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Record(msgspec.Struct, frozen=True, tag="record"):
     on: bool
 
 
+class EndBurst(msgspec.Struct, frozen=True, tag="end_burst"):
+    """End the burst that runs, if one does, after its current step."""
+
+
 class StopEngine(msgspec.Struct, frozen=True, tag="stop"):
     """End the process in good order."""
 
@@ -66,6 +71,9 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
 
     Attributes:
         tokens: newly generated ids, in order (may be empty on the last message).
+        first: how many the request had generated before these; -1: these follow the last. Of a
+            burst, the leading rank tells tokens as it samples them, and the scheduler tells them
+            again at its end.
         logprobs: one entry per token where wanted, else empty.
         prompt_logprobs: sent once, with or before the first token, where wanted.
         cached_tokens, prompt_tokens, retractions: the request's figures so far.
@@ -84,6 +92,7 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
     retractions: int = 0
     attention: AttentionReport | None = None
     hidden_state: bytes = b""
+    first: int = -1
 
 
 class TokensBatch(msgspec.Struct, frozen=True, tag="batch"):
@@ -194,6 +203,7 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
         decode: measured between the ranks, the same on all.
         flops_per_s: measured rate of this rank's products with many rows of a layer's weights.
         no_sparse: why this rank cannot run sparse attention; empty where it can.
+        bursts: whether it runs bursts.
         detail: what serves this rank, for logs and `sps doctor` (kernels, dtype, threads).
     """
 
@@ -204,9 +214,10 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
     flops_per_s: float = 0.0
     no_sparse: str = ""
     detail: str = ""
+    bursts: bool = False
 
 
 ToScheduler = GenerateRequest | Abort | FlushCache | GetState | Record | StopEngine
 ToFrontend = TokensBatch | PrefillProgress | Reply | EngineState | EngineFailed | EngineReady
-ToRank = StepPlan | Record | StopEngine
+ToRank = StepPlan | Record | EndBurst | StopEngine
 FromRank = StepResult | RankReady

@@ -111,17 +111,42 @@ class SequencePlan(msgspec.Struct, frozen=True):
     hidden_state: bool = False
 
 
-class StepPlan(msgspec.Struct, frozen=True, tag="step"):
-    """One step of one group.
+class Burst(msgspec.Struct, frozen=True):
+    """How a decode plan goes on by itself: step after step, each from the token of the one before,
+    as plans of their own would that have the epochs after the plan's.
+
+    One rank leads, the first of the group (and of its TP peers), which samples. After every step it
+    says whether there is another one: not when `steps` are done, when a sequence sampled one of its
+    stop ids, when a message from the scheduler waits, or when it has been long enough. All ranks
+    then answer the plan, once, with the number of steps that were run.
 
     Attributes:
-        epoch: grows by one with every plan of the scheduler, from 1.
+        steps: at most so many, >= 2. The sequences' `pages` cover them all.
+        stops: for each sequence, the ids that end it.
+        rids: for each sequence, the request whose tokens the leading rank tells the front end as it
+            samples them, all but stop ids and the last step's; "" for none.
+        firsts: for each sequence, how many tokens it has generated before this plan.
+    """
+
+    steps: int
+    stops: tuple[tuple[int, ...], ...]
+    rids: tuple[str, ...]
+    firsts: tuple[int, ...]
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag="step"):
+    """One step of one group, or a burst of steps.
+
+    Attributes:
+        epoch: grows by one with every step that the scheduler plans, from 1; of a burst, its first
+            step's.
         group: the SP ranks that run it, ascending.
         sequences: at least one.
         placement: how tokens and linear layers lie on the group.
         strategy: how attention crosses ranks; without meaning in a group of one. With the
             `replicated` placement it is always `pass_q` (each owner attends to its own pages).
         phase: a name for telemetry alone; nothing is decided by it.
+        burst: of decode steps alone that run on one rank or replicated, on one host.
     """
 
     epoch: int
@@ -130,6 +155,12 @@ class StepPlan(msgspec.Struct, frozen=True, tag="step"):
     placement: Placement = "sharded"
     strategy: Strategy = "pass_kv"
     phase: Literal["prefill", "decode", "mixed"] = "mixed"
+    burst: Burst | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps at most, and epochs taken."""
+        return 1 if self.burst is None else self.burst.steps
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -202,8 +233,10 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
 
     Attributes:
         rank: global rank, sp_rank * tp + tp_rank.
+        sampled: of a burst, of all its steps in order.
         sparse: one entry for each sequence under csa that this rank computed tokens of.
         error: None, or why the step failed: the engine stops (ranks may have diverged).
+        steps: how many were run, the same on all ranks; 1 but for a burst.
     """
 
     epoch: int
@@ -214,3 +247,4 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     sparse: tuple[SparseCounters, ...] = ()
     error: str | None = None
     hidden_states: tuple[HiddenState, ...] = ()
+    steps: int = 1

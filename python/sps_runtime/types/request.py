@@ -20,6 +20,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
         logprobs: which logprobs are wanted, None for none.
         hidden_state: the answer is the hidden state of the prompt's last token; `sampling` asks for
             no tokens then.
+        live: its tokens are wanted as they are sampled; otherwise they may come later, together.
     """
 
     rid: str
@@ -29,3 +30,4 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
     attention: AttentionSpec = EXACT
     logprobs: LogprobParams | None = None
     hidden_state: bool = False
+    live: bool = True

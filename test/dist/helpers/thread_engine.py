@@ -35,6 +35,7 @@ from sps_runtime.models.loader import build_model
 from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.recording import Recorder
+from sps_runtime.runner.bursts import Bursts
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.sparse.dispatch import choose_operators, possible
@@ -198,7 +199,7 @@ class ThreadEngine:
         record: bool = False,
         make_backend: Callable[[], AttentionBackend] | None = None,
     ) -> None:
-        self.sp, self.tp = sp, tp
+        self.sp, self.tp, self._page_size = sp, tp, page_size
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
         self.errors: list[BaseException] = []
         self._queues: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(sp * tp)]
@@ -222,7 +223,7 @@ class ThreadEngine:
         shared = (world, shape, stored, sp, tp, hosts, ops, record)
         contexts = make_contexts(*shared, config.layer_windows, make_backend)
         boards = {host: mmap.mmap(-1, board_bytes(SLOTS)) for host in hosts}
-        self.models, self.runners = [], []
+        self.models, self.runners, self.told = [], [], []
         for rank, means in enumerate(contexts):
             model = build_model(config, arena, rank % tp, ops=ops.operators)
             board = TokenBoard(boards[hosts[means.mesh.sp_rank]])
@@ -250,9 +251,13 @@ class ThreadEngine:
 
     def _rank_loop(self, rank: int) -> None:
         model, runner = self.models[rank], self.runners[rank]
+        bursts = self._bursts(rank)
         try:
             while (plan := self._queues[rank].get()) is not None:
                 model.given.clear()
+                if plan.burst is not None:
+                    self.results.put(Answer(bursts.run(plan), {}))
+                    continue
                 result = runner.execute(plan)
                 slots = [token.slot for token in result.sampled]
                 logits = dict(zip(slots, model.given[0] if slots else [], strict=True))
@@ -261,6 +266,19 @@ class ThreadEngine:
             self.errors.append(error)
             self.results.put(None)
             raise
+
+    def _bursts(self, rank: int) -> Bursts:
+        queue, runner = self._queues[rank], self.runners[rank]
+        return Bursts(
+            rank,
+            self.tp,
+            self._page_size,
+            runner.execute,
+            runner._board,
+            lambda: not queue.empty(),
+            lambda news: self.told.extend(news.items),
+            PATIENCE_S,
+        )
 
     def send(self, plan: StepPlan) -> None:
         for sp_rank in plan.group:

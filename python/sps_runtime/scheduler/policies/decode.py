@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sps_runtime.scheduler.bursts import burst_steps
 from sps_runtime.scheduler.policies.view import Step, View, mask_ranks
 from sps_runtime.scheduler.sequence import Run
 from sps_runtime.types.plan import Placement
@@ -31,7 +32,10 @@ def decode_steps(view: View) -> list[Step]:
     for mask, members in components:
         if waiting.isdisjoint(run.handle for run in members):
             items, placement = [(run, 1) for run in members], _placement(view, mask, members)
-            steps.append(Step(mask, items, "decode", placement, "pass_q", spread))
+            burst = burst_steps(view, members, placement, mask.bit_count())
+            if burst > 1 and any(run.unknown for run in members):
+                continue  # A burst starts from known tokens: a stop among them must not start it.
+            steps.append(Step(mask, items, "decode", placement, "pass_q", spread, burst))
     return steps
 
 

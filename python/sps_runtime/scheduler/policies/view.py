@@ -26,6 +26,7 @@ class Step:
         items: (run, tokens to compute); fewer are computed where pages are short.
         strategy: None leaves it to the cost model, or to what the operator forced.
         spread: pages of decoded tokens go to any rank of the group, not to owners alone.
+        steps: more than one for a burst.
     """
 
     mask: int
@@ -34,6 +35,7 @@ class Step:
     placement: Placement = "sharded"
     strategy: Strategy | None = None
     spread: bool = False
+    steps: int = 1
 
     @property
     def tokens(self) -> int:
@@ -47,6 +49,7 @@ class View:
     Attributes:
         runs: live runs by handle, in order of admission.
         waiting: how many requests wait for admission.
+        burst: most steps of a burst; 1 where there are none.
     """
 
     config: SchedulerConfig
@@ -56,6 +59,7 @@ class View:
     cache: PrefixCache
     runs: dict[int, Run] = field(default_factory=dict)
     waiting: int = 0
+    burst: int = 1
 
     @property
     def all_ranks(self) -> int:
@@ -98,6 +102,8 @@ class View:
         """
         if run.unknown == 0:
             return True
+        if run.flights[-1].samples > 1:
+            return False  # How far a burst comes is known at its end.
         if not self.config.overlap or (run.unknown > 1 and run.sequence.needs_history):
             return False
         return mask == run.mask or (self.parallel.nnodes == 1 and not mask & ~run.mask)
