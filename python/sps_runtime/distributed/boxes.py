@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache, partial
 from mmap import mmap
 from typing import Protocol
 
@@ -115,13 +116,10 @@ class BoxMailroom:
         self._counts = words[:: LINE // 8].reshape(2, world_size, world_size)
         self._timeout_s, self._spin_s = timeout_s, spin_s
         self._futex = Futex()
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(partial(CarrierCommunicator, self))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            found = self._groups[global_ranks] = CarrierCommunicator(self, global_ranks)
-        return found
+        return self._communicator(global_ranks)
 
     def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
         """Launch all copies, in the order of the current stream: the host does not wait for them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,15 +23,10 @@ class DeviceMailroom:
     """
 
     def __init__(self, host: Mailroom, device: Mailroom) -> None:
-        self._host, self._device = host, device
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(lambda ranks: ByDevice(host.group(ranks), device.group(ranks)))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            host, device = self._host.group(global_ranks), self._device.group(global_ranks)
-            found = self._groups[global_ranks] = ByDevice(host, device)
-        return found
+        return self._communicator(global_ranks)
 
 
 class ByDevice(TorchSum):
@@ -65,14 +61,10 @@ class StagedMailroom:
     """
 
     def __init__(self, host: Mailroom) -> None:
-        self._host = host
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(lambda ranks: Staged(host.group(ranks)))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            found = self._groups[global_ranks] = Staged(self._host.group(global_ranks))
-        return found
+        return self._communicator(global_ranks)
 
 
 class Staged(TorchSum):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from mmap import mmap
 from types import ModuleType
 
@@ -53,13 +54,10 @@ class NativeMailroom:
             spin_us=1e6 * spin_s,
         )
         traffic.meters.append(self.links.take_waited)
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(partial(NativeCommunicator, self))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            found = self._groups[global_ranks] = NativeCommunicator(self, global_ranks)
-        return found
+        return self._communicator(global_ranks)
 
 
 class NativeCommunicator:

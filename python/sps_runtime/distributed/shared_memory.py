@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import platform
 import time
+from functools import cache, partial
 from mmap import mmap
 
 import numpy as np
@@ -111,13 +112,10 @@ class SharedMemoryMailroom:
         self._out = [_Ring(rings[rank, peer], ring_bytes) for peer in range(world_size)]
         self._in = [_Ring(rings[peer, rank], ring_bytes) for peer in range(world_size)]
         self._futex = Futex()
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(partial(CarrierCommunicator, self))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            found = self._groups[global_ranks] = CarrierCommunicator(self, global_ranks)
-        return found
+        return self._communicator(global_ranks)
 
     def start(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int) -> Pending:
         """All of `move`: there is nothing to hide."""

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -73,17 +74,11 @@ class ThreadMailroom:
     """One thread rank's `Mailroom`."""
 
     def __init__(self, world: ThreadWorld, rank: int, traffic: Traffic) -> None:
-        self._world = world
-        self._rank = rank
         self.traffic = traffic
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(partial(ThreadCommunicator, world, rank, traffic=traffic))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            found = ThreadCommunicator(self._world, self._rank, global_ranks, self.traffic)
-            self._groups[global_ranks] = found
-        return found
+        return self._communicator(global_ranks)
 
 
 class ThreadCommunicator(TorchSum):

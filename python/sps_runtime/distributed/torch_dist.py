@@ -13,6 +13,7 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any
 
 import torch.distributed
@@ -135,13 +136,10 @@ class TorchDistMailroom:
         self._coalesce = coalesce
         self.rank = int(group.rank())
         self.traffic = traffic
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(partial(CarrierCommunicator, self))
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            found = self._groups[global_ranks] = CarrierCommunicator(self, global_ranks)
-        return found
+        return self._communicator(global_ranks)
 
     def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
         self.traffic.exposed_s += self.start(outgoing, incoming, tag=0).wait()

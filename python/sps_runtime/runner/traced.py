@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -82,16 +83,12 @@ class _TracedCommunicator(_Traced):
 
 class _TracedMailroom:
     def __init__(self, mailroom: Mailroom, timeline: Timeline) -> None:
-        self._mailroom = mailroom
-        self._timeline = timeline
-        self._groups: dict[tuple[int, ...], Communicator] = {}
+        self._communicator = cache(
+            lambda ranks: _TracedCommunicator(mailroom.group(ranks), timeline)
+        )
 
     def group(self, global_ranks: tuple[int, ...]) -> Communicator:
-        found = self._groups.get(global_ranks)
-        if found is None:
-            made = _TracedCommunicator(self._mailroom.group(global_ranks), self._timeline)
-            found = self._groups[global_ranks] = cast(Communicator, made)
-        return found
+        return cast(Communicator, self._communicator(global_ranks))
 
 
 def trace_operators(ops: Operators, timeline: Timeline) -> Operators:

@@ -62,6 +62,10 @@ class StepState:
         """Which pages of the layout's table this rank can read in place."""
         return np.asarray(self.context.store.readable)[self.layout.pages.owners]
 
+    def count_in_place(self, tokens: int) -> None:
+        """Count the KV of so many tokens, in one layer, as read from other ranks' pools."""
+        self.context.traffic.attention_bytes += tokens * self.context.store.shape.token_bytes
+
     def shipment(self, index: Ints) -> Shipment:
         """Pages at places `index` of the layout's page table, as one owner sends them."""
         pages = self.layout.pages

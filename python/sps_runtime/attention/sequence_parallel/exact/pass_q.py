@@ -77,9 +77,7 @@ class PassQ:
         if routes is None:
             routes = self._routes[window] = self._plan(window)
         all_q = self._gather_queries(q_THD, routes)
-        step.context.traffic.attention_bytes += (
-            routes.outside_tokens * step.context.store.shape.token_bytes
-        )
+        step.count_in_place(routes.outside_tokens)
         partial = step.context.backend.partial(
             all_q,
             routes.runs,

@@ -66,9 +66,7 @@ class Replicated:
         seen = self._seen.get(window)
         if seen is None:
             seen = self._seen[window] = self._plan(window)
-        step.context.traffic.attention_bytes += (
-            seen.outside_tokens * step.context.store.shape.token_bytes
-        )
+        step.count_in_place(seen.outside_tokens)
         pool = step.context.pages(layer)
         partial = step.context.backend.partial(q_THD, seen.runs, pool, scale=scale, window=window)
         return self._share_heads(partial.o, partial.lse, q_THD.dtype, seen)

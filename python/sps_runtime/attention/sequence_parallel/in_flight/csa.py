@@ -324,8 +324,7 @@ class FlyingCsa:
             return []
         index, context = np.arange(len(layout.pages.ids)), self._flight.context
         near = mine.step.readable() & (layout.pages.owners != context.mesh.sp_rank)
-        read = int(layout.pages.tokens[near].sum()) * context.store.shape.token_bytes
-        context.traffic.attention_bytes += read
+        mine.step.count_in_place(int(layout.pages.tokens[near].sum()))
         runs = query_runs(layout, cut_pieces(layout, mine.alone, index, None), index)
         backend = self._flight.context.backend
         return [backend.partial(q_THD, runs, state.mirror.pool, scale=scale)]
