@@ -161,7 +161,7 @@ def figures(rows: list[Row]) -> dict[str, float]:
 
 
 def ratios(entry: Row, flat: dict[str, float]) -> dict[str, float]:
-    """Block CSA over Ulysses, stride and pass-KV: as it runs, trimmed, and by DESIGN's formula."""
+    """Block CSA over Ulysses, stride and pass-KV: as it runs, trimmed, and by the formula."""
     ours, cell = flat[key(entry)], {**entry, "placement": ""}
     others = {
         name: flat.get(key({**cell, "strategy": name})) for name in ("ulysses", "stride", "tp")

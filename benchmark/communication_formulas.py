@@ -1,5 +1,5 @@
-"""Bytes per token and layer, all ranks together: what DESIGN.md, section 4, says, and what is left
-of it where nothing is sent that a causal mask discards."""
+"""Bytes per token and layer, all ranks together: what docs/design.md says, and what is
+left of it where nothing is sent that a causal mask discards."""
 
 from __future__ import annotations
 

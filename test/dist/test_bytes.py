@@ -1,4 +1,4 @@
-"""What crosses is what the formulas say, to the byte (DESIGN.md, section 4), summed over ranks."""
+"""What crosses is what the formulas say, to the byte (docs/design.md), summed over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole model on a GPU by DESIGN.md's definition of exact (section 2, contract 6), against the
+"""A whole model on a GPU by the definition of exact (docs/design.md, contract 6), against the
 same weights on the CPU: fp32 token by token, bf16 by the error of its logits."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The attention primitive: the partial attention of some queries over some pages.
 
 Chunked prefill, pass-KV, pass-Q, Ulysses, decode over remote KV and sparse attention are this one
-call over different lists of pages, and `ops.merge_state` (DESIGN.md, section 1).
+call over different lists of pages, and `ops.merge_state` (docs/design.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bytes that attention sends per layer and rank, and the seconds they take (DESIGN.md, section 4).
+"""Bytes that attention sends per layer and rank, and the seconds they take (docs/design.md).
 
 l tokens are new and c cached, spread over P ranks; pass-KV sends KV to queries, pass-Q sends
 queries to KV and partial outputs with their lse back (Meta's context parallelism), Ulysses

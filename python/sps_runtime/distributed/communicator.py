@@ -18,7 +18,7 @@ Kind = Literal["attention", "linear", "control"]
 
 @dataclass
 class Traffic:
-    """What crossed since the last `take`, on one rank (DESIGN.md, contract 5).
+    """What crossed since the last `take`, on one rank (docs/design.md, contract 5).
 
     Attributes:
         attention_bytes: logical bytes of attention sent, or read in place from a peer's pool.

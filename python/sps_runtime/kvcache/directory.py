@@ -1,4 +1,4 @@
-"""The one map from a sequence's logical pages to page ids (DESIGN.md, contract 2)."""
+"""The one map from a sequence's logical pages to page ids (docs/design.md, contract 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three placements of linear layers on a group of ranks (DESIGN.md, contract 3).
+"""The three placements of linear layers on a group of ranks (docs/design.md, contract 3).
 
 =====================  ================  ==========================================================
 class                  tokens, weights   known as

@@ -12,7 +12,7 @@ from sps_runtime.ops.weight import Weight
 
 
 class LinearPlacement(Protocol):
-    """Where tokens and weights of linear layers lie in this step (DESIGN.md, contract 3).
+    """Where tokens and weights of linear layers lie in this step (docs/design.md, contract 3).
 
     A block of linear layers is ``enter -> column(s) -> row -> leave``; between column and row the
     columns lie spread. `to_tokens` and `to_columns` change between "my tokens, all columns" (what

@@ -1,4 +1,4 @@
-"""The plan: one step of one group of ranks, complete in itself (DESIGN.md, contract 1).
+"""The plan: one step of one group of ranks, complete in itself (docs/design.md, contract 1).
 
 A rank needs nothing but a `StepPlan`, its weights, its KV pool and the token board to execute a
 step, so a recording of plans and boards drives a runner alone, and a fake runner drives the

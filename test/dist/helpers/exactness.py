@@ -1,4 +1,4 @@
-"""What exact means (DESIGN.md, contract 6), as requests to run and a comparison to make."""
+"""What exact means (docs/design.md, contract 6), as requests to run and a comparison to make."""
 
 from __future__ import annotations
 
