@@ -110,8 +110,9 @@ def _first_token(
 def decode_steps(
     rank: LocalRank, plan: Plan, top: Ceilings, budget: Budget, label: str
 ) -> Iterator[tuple[str, float]]:
-    """Median seconds of a step of some sequences, and the share of the memory ceiling: weights and
-    KV read once. KV is whatever lies in the pages: attention's time does not depend on it."""
+    """Median seconds of a step of some sequences, mean seconds of steps launched ahead of their
+    tokens, and the share of the memory ceiling: weights and KV read once. KV is whatever lies in the
+    pages: attention's time does not depend on it."""
     config = plan.config
     weights = linear_flops(config, 1) + 2.0 * config.vocab_size * config.hidden_size  # 2 bytes each
     for rows, length in plan.decodes:
@@ -125,11 +126,16 @@ def decode_steps(
             took, tokens = rank.decode(sequences, tokens)
             seconds.append(took)
         for sequence in sequences:
+            sequence.length = length
+        ahead = rank.decode_ahead(sequences, tokens, plan.steps).step_s
+        for sequence in sequences:
             rank.close(sequence)
-        took = statistics.median(seconds[len(seconds) // 4 :])
+        median = statistics.median(seconds[len(seconds) // 4 :])
         nbytes = weights + rows * length * rank.shape.token_bytes * config.num_layers
-        yield f"decode_ms_{label}_{rows}x{length}", 1e3 * took
-        yield f"decode_share_of_memory_{label}_{rows}x{length}", nbytes / took / top.bytes_per_s
+        for name, took in (("decode", median), ("decode_ahead", ahead)):
+            share = nbytes / took / top.bytes_per_s
+            yield f"{name}_ms_{label}_{rows}x{length}", 1e3 * took
+            yield f"{name}_share_of_memory_{label}_{rows}x{length}", share
 
 
 def cost_tables(rank: LocalRank, plan: Plan, budget: Budget) -> Iterator[tuple[str, float]]:

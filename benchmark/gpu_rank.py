@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec import structs
 
 from sps_runtime.attention.backend import AttentionBackend
 from sps_runtime.attention.choose import choose_backend, choose_device_backend
@@ -25,6 +26,8 @@ from sps_runtime.models.loader import LoadSpec, load_model_on
 from sps_runtime.ops.cuda_graphs import GraphRecorder
 from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.ops.kv_rows import storage_dtype
+from sps_runtime.runner.device_board import DeviceBoard
+from sps_runtime.runner.launched import Lane
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.sparse.dispatch import choose_operators, device_operators, possible
@@ -78,6 +81,17 @@ class Sequence:
     slot: int
     pages: list[int]
     length: int = 0
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Attributes:
+    step_s: seconds a step.
+    tokens: sampled in each step, by sequence.
+    """
+
+    step_s: float
+    tokens: list[list[int]]
 
 
 class LocalRank:
@@ -138,7 +152,13 @@ class LocalRank:
         recorder = GraphRecorder(device) if graphs and not cpu else None
         board = TokenBoard(bytearray(board_bytes(SLOTS)))
         self.runner = ModelRunner(
-            self.model, config.vocab_size, self.means, board, "ntp", recorder=recorder
+            self.model,
+            config.vocab_size,
+            self.means,
+            board,
+            "ntp",
+            recorder=recorder,
+            device_board=DeviceBoard(SLOTS, device),
         )
         self._free = list(range(pages))
         self._epoch = 0
@@ -197,6 +217,37 @@ class LocalRank:
             sequence.length += 1
         found = {token.slot: token.token for token in result.sampled}
         return seconds, [found[sequence.slot] for sequence in sequences]
+
+    def decode_ahead(self, sequences: list[Sequence], tokens: list[int], steps: int) -> Ahead:
+        """Steps of one token each, launched as a server's rank does: each names the tokens of the
+        one before by their place on the board, and is sent when one is under way.
+
+        Args:
+            tokens: of the first step.
+        """
+        answers: list[StepResult] = []
+        lane, first = Lane(self.runner, 0, answers.append), self._epoch + 1
+        began = time.perf_counter()
+        for step in range(steps):
+            plans = tuple(self._sequence(sequence, [0], GREEDY) for sequence in sequences)
+            if step:
+                changes = {"tokens": b"", "board_epoch": self._epoch}
+                plans = tuple(structs.replace(plan, **changes) for plan in plans)
+            else:
+                known = zip(plans, tokens, strict=True)
+                plans = tuple(structs.replace(plan, tokens=pack_ids([t])) for plan, t in known)
+            self._epoch += 1
+            lane.take(StepPlan(self._epoch, (0,), plans))
+            for sequence in sequences:
+                sequence.length += 1
+        lane.drain()
+        seconds = time.perf_counter() - began
+        assert [answer.epoch for answer in answers] == list(range(first, self._epoch + 1))
+        found = [{token.slot: token.token for token in answer.sampled} for answer in answers]
+        return Ahead(
+            seconds / steps,
+            [[step[sequence.slot] for sequence in sequences] for step in found],
+        )
 
     def _sequence(
         self,

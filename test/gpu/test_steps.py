@@ -115,6 +115,28 @@ def test_graphs_replay_what_eager_steps_compute(device: torch.device) -> None:
     torch.testing.assert_close(answers[0][1], answers[1][1], rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_tokens_that_stay_on_the_device(backend: str, graphs: bool, device: torch.device) -> None:
+    """Steps launched ahead sample what steps through the host do, and none waits for another."""
+    try:
+        rank = Seen(device, dtype="bfloat16", backend=backend, graphs=graphs).rank
+    except Exception as error:
+        pytest.skip(f"{backend}: {error}")
+    sequences, firsts = [], []
+    for slot, seed in enumerate((3, 4, 5)):
+        sequences.append(rank.open(slot, PROMPT + 2 * NEW))
+        _, results = rank.prefill(sequences[-1], prompt(seed))
+        firsts.append(results[-1].sampled[0].token)
+    through_host, tokens = [], firsts
+    for _ in range(NEW):
+        _, tokens = rank.decode(sequences, tokens)
+        through_host.append(tokens)
+    for sequence in sequences:
+        sequence.length = PROMPT
+    assert rank.decode_ahead(sequences, firsts, NEW).tokens == through_host
+
+
 def test_sparse_prompts(device: torch.device) -> None:
     """Forced page sets run, and keep about what they were told."""
     rank = Seen(device, dtype="bfloat16").rank

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from msgspec import structs
 from test.dist.helpers.exact_models import exact_model
 from test.kit.fake_flashinfer import FakeFlashInfer
 from torch import Tensor
@@ -23,6 +24,8 @@ from sps_runtime.kvstore.pool import KVPool, KVStore
 from sps_runtime.kvstore.shape import KVShape
 from sps_runtime.models.loader import LoadSpec, build_model, load_model_on, load_weights
 from sps_runtime.ops.operators import TorchOperators
+from sps_runtime.runner import model_runner
+from sps_runtime.runner.device_board import DeviceBoard
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.plan import SamplePlan, SequencePlan, StepPlan
@@ -121,6 +124,43 @@ def test_decode_stays_on_the_device(kind: str) -> None:
         logits_RV = runner._graphs.run(plan, [0, 1, 2], runner._links((0,)), runner._decode_context)
         assert logits_RV.device == META and len(logits_RV) == 3
         assert len(library.plans) == epoch, "each step's tables are planned once"
+
+
+class Kept:
+    """In place of `LateTokens`: nothing can be copied from `meta`."""
+
+    def __init__(self, plan: StepPlan, tokens_R: Tensor, board: TokenBoard) -> None:
+        assert tokens_R.device == META and tokens_R.dtype == torch.int64
+        assert len(tokens_R) == len(plan.sequences)
+
+
+MANY_WAYS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, seed=1),
+    SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.05, seed=2),
+]
+
+
+def test_tokens_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From ids that nobody on the host knows to ids that nobody on the host knows."""
+    monkeypatch.setattr(model_runner, "LateTokens", Kept)
+    runner, _, _ = make_runner("llama")
+    board = runner._device_board = DeviceBoard(4, META)
+    board.write(1, [0, 1, 2], torch.empty(3, dtype=torch.int64, device=META))
+    for epoch in range(2, 5):
+        sequences = [sequence(slot, 20 * slot + epoch, 1) for slot in range(3)]
+        plan = StepPlan(
+            epoch,
+            (0,),
+            tuple(
+                structs.replace(one, tokens=b"", board_epoch=epoch - 1, sample=SamplePlan(params))
+                for one, params in zip(sequences, MANY_WAYS, strict=True)
+            ),
+        )
+        assert runner.runs_late(plan)
+        started = runner.launch(plan, late=True)
+        assert started.done and started.ran.late is not None and not started.ran.sampled
+        assert not runner.runs_late(plan), "the board has this epoch's tokens now"
 
 
 @pytest.mark.parametrize("tied", [False, True])

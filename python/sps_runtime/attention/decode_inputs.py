@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sps_runtime.attention.backend import PageLists
-from sps_runtime.ops.devices import CPU, Fence, Standing
+from sps_runtime.ops.devices import CPU, Fence, Standing, empty_pinned
 from sps_runtime.types.plan import StepPlan
 
 Int32s = npt.NDArray[np.int32]
@@ -44,23 +44,33 @@ class PageReaders:
         return all(reader == self.member for reader in self.readers)
 
 
+@dataclass(frozen=True)
+class TokenSource:
+    """Where a step's tokens come from that the host does not know.
+
+    Attributes:
+        tokens_T: int64 ``[slots]`` on the device.
+        slots: int64, for each sequence the slot of its token; -1 where the host knows it.
+    """
+
+    tokens_T: torch.Tensor
+    slots: npt.NDArray[np.int64]
+
+
 class _Lists:
     """Page lists of all rows for one window."""
 
-    def __init__(self, rows: int, capacity: int, kv_heads: int) -> None:
-        self.items = np.zeros((rows, 8), dtype=np.int32)
+    def __init__(self, rows: int, capacity: int, kv_heads: int, device: torch.device) -> None:
+        tensors = [
+            empty_pinned(shape, torch.int32, device).zero_()
+            for shape in ((rows, 8), (capacity,), (capacity,))
+        ]
+        self.items, self.page_ids, self.page_positions = (tensor.numpy() for tensor in tensors)
         self.items[:, 0], self.items[:, 1], self.items[:, 7] = np.arange(rows), 1, kv_heads
-        self.page_ids = np.zeros(capacity, dtype=np.int32)
-        self.page_positions = np.zeros(capacity, dtype=np.int32)
         self.used = 0
         self.remote_tokens = 0
-        self.pages = PageLists(
-            torch.from_numpy(self.items),
-            torch.from_numpy(self.page_ids),
-            torch.from_numpy(self.page_positions),
-            complete=True,
-            standing=True,
-        )
+        ids, positions = tensors[1:]
+        self.pages = PageLists(tensors[0], ids, positions, complete=True, standing=True)
 
     def put(self, row: int, position: int, ids: Int32s, positions: Int32s) -> None:
         """The pages that a row at `position` sees."""
@@ -105,25 +115,29 @@ class DecodeInputs:
             np.zeros(rows, dtype=np.int64),
             np.full(rows, -1, dtype=np.int32),
             np.zeros(rows, dtype=np.int32),
+            np.full(rows, -1, dtype=np.int64),
         )
         self._standing = tuple(Standing(array, device) for array in arrays)
-        self._copied = Fence(device)
-        self._tokens, self._positions, self._slots, self._offsets = (
+        self._copied, self._device = Fence(device), device
+        self._tokens, self._positions, self._slots, self._offsets, self._sources = (
             each.array for each in self._standing
         )
-        self.tokens_T, self.positions_T, self.slots_T, self.offsets_T = (
+        self.tokens_T, self.positions_T, self.slots_T, self.offsets_T, self._sources_T = (
             each.tensor for each in self._standing
         )
         self._lists: dict[int | None, _Lists] = {}
         self._plan: StepPlan | None = None
 
-    def fill(self, plan: StepPlan, tokens: Sequence[int]) -> None:
+    def fill(
+        self, plan: StepPlan, tokens: Sequence[int], source: TokenSource | None = None
+    ) -> None:
         """Take the values of a step.
 
         Args:
             plan: with at most `rows` sequences of one new token each, and at most `capacity`
                 pages; rows beyond them read one key and write nothing.
-            tokens: their ids.
+            tokens: their ids; any where `source` has them.
+            source: read in the order of the stream.
 
         Raises:
             ValueError: a sequence's pages do not cover its tokens, or a new token's page lies
@@ -134,6 +148,9 @@ class DecodeInputs:
         self._copied.wait()
         used = len(plan.sequences)
         self._tokens[:used], self._tokens[used:] = tokens, 0
+        self._sources[:] = -1
+        if source is not None:
+            self._sources[:used] = source.slots
         self._positions[used:], self._slots[used:], self._offsets[used:] = 0, -1, 0
         for row, sequence in enumerate(plan.sequences):
             page, offset = divmod(sequence.start, who.page_size)
@@ -149,8 +166,16 @@ class DecodeInputs:
         for each in self._standing:
             each.upload()
         self._copied.record()
+        if source is not None:
+            found_T = source.tokens_T[self._sources_T.clamp(min=0)]
+            self.tokens_T.copy_(torch.where(self._sources_T < 0, self.tokens_T, found_T))
         for window, lists in self._lists.items():
             self._fill(lists, plan, window)
+
+    def sent(self) -> None:
+        """Backends have launched what reads the page lists: they are not written again before that
+        is done."""
+        self._copied.record()
 
     def standing(self) -> list[PageLists]:
         """All page lists that were asked for."""
@@ -170,7 +195,8 @@ class DecodeInputs:
         if lists is None:
             if self._plan is None:
                 raise ValueError("fill comes first")
-            lists = self._lists[window] = _Lists(self.rows, self.capacity, self._kv_heads)
+            size = (self.rows, self.capacity, self._kv_heads)
+            lists = self._lists[window] = _Lists(*size, self._device)
             self._fill(lists, self._plan, window)
         return lists
 

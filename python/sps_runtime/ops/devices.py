@@ -70,6 +70,11 @@ class Fence:
         if self._event is not None:
             self._event.record()
 
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> None:
         """Return when what was recorded last is done; at once where nothing was."""
         if self._event is not None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
+from sps_runtime.attention.decode_inputs import TokenSource
 from sps_runtime.attention.sequence_parallel.build import sequence_attention, sparse_counters
 from sps_runtime.attention.sequence_parallel.exact.decode import DecodeAttention
 from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight, flight_of
@@ -25,37 +27,30 @@ from sps_runtime.layers.placement import GroupLinks, place
 from sps_runtime.layers.step import LinearPlacement, StepContext
 from sps_runtime.ops.devices import Fence, upload
 from sps_runtime.ops.recording import StepRecorder
+from sps_runtime.runner.device_board import (
+    DeviceBoard,
+    LateTokens,
+    board_sources,
+    known_tokens,
+)
 from sps_runtime.runner.grammar_masks import GrammarMasks, Masks
 from sps_runtime.runner.hidden_states import report_hidden
 from sps_runtime.runner.input_batch import InputBatch, build_input, decode_tokens
+from sps_runtime.runner.launched import Launched, Ran
 from sps_runtime.runner.micro_batches import fly
 from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
-from sps_runtime.runner.sampler import sample
+from sps_runtime.runner.sampler import sample, sample_late
 from sps_runtime.runner.step_graph import StepGraphs
 from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.telemetry.timeline import NoTimeline, Timeline
-from sps_runtime.types.attention import SparseCounters
 from sps_runtime.types.plan import (
     HiddenState,
     PromptLogprobs,
     SampledToken,
-    StepCounters,
     StepPlan,
     StepResult,
 )
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a rank did in a step: rows computed, what it sampled and judged, hidden states that are
-    answers, what it left out."""
-
-    rows: int
-    sampled: tuple[SampledToken, ...]
-    judged: tuple[PromptLogprobs, ...] = ()
-    hidden_states: tuple[HiddenState, ...] = ()
-    sparse: tuple[SparseCounters, ...] = ()
 
 
 class Model(Protocol):
@@ -108,6 +103,8 @@ class ModelRunner:
         pipeline: keep micro-batches of a long prefill in flight where pages cross hosts.
         recorder: records decode steps to replay them; None runs them all through the model's code.
         grammars: finds what grammars allow; without it requests that have one fail.
+        device_board: where sampled ids stay on the device, so that the next step can be launched
+            before they are known; None sends all through the host.
     """
 
     def __init__(
@@ -122,6 +119,7 @@ class ModelRunner:
         pipeline: bool = True,
         recorder: StepRecorder | None = None,
         grammars: GrammarMasks | None = None,
+        device_board: DeviceBoard | None = None,
     ) -> None:
         self._model = model
         self._vocab = vocab
@@ -132,14 +130,13 @@ class ModelRunner:
         self._timeline: Timeline = timeline or NoTimeline()
         self._pipeline = pipeline
         self._grammars = grammars or GrammarMasks()
-        self._done = Fence(means.device)
+        self._device_board = device_board
         self._graphs = StepGraphs(means, self._decode, recorder, self._timeline)
 
     def record(self, on: bool) -> None:
         """Go on with the timeline, or pause it."""
         self._timeline.record(on)
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan that this rank is in; all ranks of its group do, in the order of epochs.
 
@@ -147,32 +144,45 @@ class ModelRunner:
             ConnectionError, TimeoutError: a peer or an awaited token did not come.
             ValueError: the plan contradicts itself.
         """
+        return self.launch(plan, late=False).result()
+
+    def runs_late(self, plan: StepPlan) -> bool:
+        """Whether a step's tokens can stay on the device: a decode step that this rank runs alone,
+        whose tokens are all here."""
+        return (
+            self._device_board is not None
+            and len(plan.group) == 1
+            and self._means.mesh.tp_size == 1
+            and self._graphs.takes(plan)
+            and self._device_board.takes(plan)
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, late: bool) -> Launched:
+        """As `execute`, but the end of the step, and with `late` its tokens, are still to be waited
+        for. Results must be asked for in the order of launches, and of all before a plan that is
+        not `late`.
+
+        Args:
+            late: what `runs_late` says; False always works.
+        """
         began, waited = time.perf_counter(), self._board.waited_s
         traffic = self._means.traffic
         traffic.take()
         with self._timeline.span(plan.phase, "step", epoch=plan.epoch, placement=plan.placement):
             run = self._run_decode if self._graphs.takes(plan) else self._run
-            ran = run(plan)
-        self._done.record()
-        self._done.wait()  # an acknowledgement says that this rank's reads are over
-        took = traffic.take()
-        exposed = took.exposed_s + self._board.waited_s - waited
-        counters = StepCounters(
-            sent_bytes=took.attention_bytes,
-            physical_bytes=took.physical_bytes,
-            linear_bytes=took.linear_bytes,
-            exposed_s=exposed,
-            compute_s=max(0.0, time.perf_counter() - began - exposed),
-            token_layers=ran.rows * self._means.store.shape.layers,
-        )
-        return StepResult(
+            ran = self._run_late(plan) if late else run(plan)
+        fence = Fence(self._means.device)
+        fence.record()
+        return Launched(
             plan.epoch,
             self._means.mesh.rank,
-            ran.sampled,
-            ran.judged,
-            counters,
-            ran.sparse,
-            hidden_states=ran.hidden_states,
+            ran,
+            fence,
+            began,
+            traffic.take(),
+            self._board.waited_s - waited,
+            self._means.store.shape.layers,
         )
 
     def _run(self, plan: StepPlan) -> Ran:
@@ -208,6 +218,21 @@ class ModelRunner:
                 others: list[Sequence[int]] = [()] * (len(plan.group) - 1)
                 self._publish(plan, links, here, [range(rows), *others])
         return Ran(rows, tuple(found))
+
+    def _run_late(self, plan: StepPlan) -> Ran:
+        """A decode step of this rank alone that the host prepares and launches without knowing its
+        tokens."""
+        board, span = self._device_board, self._timeline.span
+        assert board is not None
+        tokens, rows = known_tokens(plan), len(plan.sequences)
+        source = TokenSource(board.tokens, board_sources(plan))
+        with span("forward", "forward", tokens=rows):
+            links, context = self._links(plan.group), self._decode_context
+            logits_RV = self._graphs.run(plan, tokens, links, context, source)
+        with span("sample", "host"):
+            tokens_R = sample_late(logits_RV, plan)
+            board.write(plan.epoch, [sequence.slot for sequence in plan.sequences], tokens_R)
+        return Ran(rows, (), late=LateTokens(plan, tokens_R, self._board))
 
     def _decode_context(
         self, plan: StepPlan, links: GroupLinks, positions_T: Tensor, attend: DecodeAttention
@@ -303,6 +328,10 @@ class ModelRunner:
         of_ranks = self._means.boards or self._means.hosts
         hosts = [of_ranks[rank] for rank in plan.group]
         publish(plan, sampled, samplers, hosts, links.sp, self._board)
+        if self._device_board is not None and sampled.sequences:
+            slots = [plan.sequences[index].slot for index in sampled.sequences]
+            tokens = np.array(sampled.tokens, dtype=np.int64)
+            self._device_board.write(plan.epoch, slots, upload(tokens, self._means.device))
 
     def _judge(self, step: Step, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
         judged, sequences = step.batch.judged, step.plan.sequences

@@ -32,8 +32,10 @@ from sps_runtime.ops.operators import Operators
 from sps_runtime.ops.recording import Recorder, StepRecorder
 from sps_runtime.runner.assembly import Setup, open_gpu_means, open_means
 from sps_runtime.runner.bursts import Bursts
+from sps_runtime.runner.device_board import DeviceBoard
 from sps_runtime.runner.gpu import rank_device
 from sps_runtime.runner.grammar_masks import open_masks
+from sps_runtime.runner.launched import POLL_S, Lane
 from sps_runtime.runner.links import Inbox, Teller, open_links
 from sps_runtime.runner.measure import measure_decode, measure_flops, measure_link
 from sps_runtime.runner.model_runner import ModelRunner
@@ -52,8 +54,9 @@ from sps_runtime.types.messages import (
     RankReady,
     Record,
     StopEngine,
+    ToRank,
 )
-from sps_runtime.types.plan import StepPlan, StepResult
+from sps_runtime.types.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -109,18 +112,24 @@ def loop(
     rank: int, runner: ModelRunner, bursts: Bursts, inbox: Inbox, results: Sender[FromRank]
 ) -> None:
     """Execute plans in the order in which they come, until `StopEngine`."""
-    while not isinstance(message := inbox.next(), StopEngine):
+    lane = Lane(runner, rank, results.send)
+    while not isinstance(message := _next(inbox, lane), StopEngine):
         if isinstance(message, Record):
             runner.record(message.on)
-        if not isinstance(message, StepPlan):
-            continue
-        try:
-            execute = runner.execute if message.burst is None else bursts.run
-            results.send(execute(message))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            results.send(StepResult(message.epoch, rank, error=reason))
-            raise
+        elif isinstance(message, StepPlan) and message.burst is not None:
+            lane.run(message, bursts.run)
+        elif isinstance(message, StepPlan):
+            lane.take(message)
+    lane.drain()
+
+
+def _next(inbox: Inbox, lane: Lane) -> ToRank:
+    """The next message; while steps are on the device whichever comes first, a message or the end
+    of the oldest."""
+    while lane.busy and not inbox.waiting():
+        if not lane.poll():
+            time.sleep(POLL_S)
+    return inbox.next()
 
 
 def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRunner, RankReady]:
@@ -136,17 +145,19 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     backend = _choose_backend(engine, ops, model, dtype, device)
     means = _open_means(child, place, model, dtype, backend, ops, operators, device)
     recorder = _recorder(engine, ops, device)
+    board = TokenBoard(map_memory(child.fds["board"]), engine.spin_s)
     runner = ModelRunner(
         model,
         vocab,
         trace_means(means, timeline),
-        TokenBoard(map_memory(child.fds["board"]), engine.spin_s),
+        board,
         engine.parallel.arch,
         engine.watchdog_timeout_s,
         timeline,
         engine.parallel.pipeline and device.type == "cpu",
         recorder,
         open_masks(engine, model.config),
+        DeviceBoard(board.slots, device) if device.type != "cpu" else None,
     )
     cache = engine.cache
     warm_up(runner, place.mesh.sp_size, cache.page_size, cache.pages_per_rank, vocab)

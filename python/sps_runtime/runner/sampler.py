@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sps_runtime.grammar.protocol import Allowed, GrammarError
+from sps_runtime.ops.devices import upload
 from sps_runtime.runner.grammar_masks import NO_MASKS, Masks
 from sps_runtime.runner.logit_edits import edit_row, has_edits
 from sps_runtime.runner.philox import uniform
@@ -56,6 +58,14 @@ def sample(
     ]
 
 
+def sample_late(logits_RV: Tensor, plan: StepPlan) -> Tensor:
+    """Token ids ``[rows]`` int64 of all sequences of a plan, on the logits' device, which is asked
+    nothing; for sequences whose logits nothing edits."""
+    samples = [sequence.sample for sequence in plan.sequences if sequence.sample is not None]
+    positions = [sequence.start + sequence.count for sequence in plan.sequences]
+    return sample_rows(logits_RV, samples, positions, [None] * len(samples))
+
+
 def sample_rows(
     logits_RV: Tensor,
     samples: Sequence[SamplePlan],
@@ -78,7 +88,8 @@ def sample_rows(
     drawn = [row for row, sample_plan in enumerate(samples) if not _greedy(sample_plan.params)]
     if drawn:
         params = [samples[row].params for row in drawn]
-        tokens_R[drawn] = _draw(logits_RV[drawn], params, [positions[r] for r in drawn])
+        rows = upload(np.array(drawn), logits_RV.device)
+        tokens_R[rows] = _draw(logits_RV[rows], params, [positions[r] for r in drawn])
     return tokens_R
 
 
@@ -116,10 +127,11 @@ def _greedy(params: SamplingParams) -> bool:
 
 
 def _draw(logits_RV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
-    temperature_R1 = logits_RV.new_tensor([p.temperature for p in params])[:, None]
-    probs_RV = truncate(logits_RV / temperature_R1, params)
+    device = logits_RV.device
+    temperature_R = upload(np.array([p.temperature for p in params], dtype=np.float32), device)
+    probs_RV = truncate(logits_RV / temperature_R[:, None], params)
     cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-    numbers = torch.from_numpy(uniform([p.seed for p in params], positions)).to(logits_RV.device)
+    numbers = upload(uniform([p.seed for p in params], positions), device)
     target_R1 = numbers[:, None] * cumulative_RV[:, -1:]
     # right=True: the first id whose cumulative mass exceeds the target, so never one of mass 0.
     chosen_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)

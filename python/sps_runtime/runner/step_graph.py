@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.decode_inputs import DecodeInputs
+from sps_runtime.attention.decode_inputs import DecodeInputs, TokenSource
 from sps_runtime.attention.sequence_parallel.exact.decode import (
     DecodeAttention,
     capacity_for,
@@ -113,6 +113,7 @@ class StepGraphs:
         tokens: Sequence[int],
         links: GroupLinks,
         context: MakeContext,
+        source: TokenSource | None = None,
     ) -> Tensor:
         """Logits of all rows, valid until the next call.
 
@@ -120,13 +121,14 @@ class StepGraphs:
             tokens: ids of the rows.
             links: the group's.
             context: makes the context of the step.
+            source: where ids are that the host does not know.
 
         Raises:
             ConnectionError: a peer is gone or late.
             ValueError: the plan contradicts itself.
         """
         shape = self._shape(plan, links, context)
-        shape.inputs.fill(plan, tokens)
+        shape.inputs.fill(plan, tokens, source)
         if not shape.attention.refresh():
             shape.recordings.clear()
         recording = shape.recordings.get(shape.attention.form())

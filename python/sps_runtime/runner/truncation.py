@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sps_runtime.ops.devices import upload
 from sps_runtime.types.sampling import SamplingParams
 
 FIRST_LOOK = 1024
@@ -21,28 +22,29 @@ FIRST_LOOK = 1024
 
 def truncate(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """fp32 logits after temperature -> probabilities ``[rows, vocab]`` fp32 after truncation,
-    0 for what was dropped. Each row's result depends on that row alone."""
-    vocab = logits_RV.shape[1]
+    0 for what was dropped. Each row's result depends on that row alone. Asks a device nothing."""
+    vocab, device = logits_RV.shape[1], logits_RV.device
     top_k = [index for index, p in enumerate(params) if 0 < p.top_k < vocab]
     if top_k:
-        counts = [params[index].top_k for index in top_k]
-        logits_RV = _apply(logits_RV, top_k, _top_k(logits_RV[top_k], counts))
+        counts, rows = [params[index].top_k for index in top_k], upload(np.array(top_k), device)
+        logits_RV = _apply(logits_RV, rows, _top_k(logits_RV[rows], counts))
     probs_RV = torch.softmax(logits_RV, dim=-1)
     top_p = [index for index, p in enumerate(params) if p.top_p < 1]
     if top_p:
-        masses = probs_RV.new_tensor([params[i].top_p for i in top_p], dtype=torch.float64)
-        keep = _top_p(probs_RV[top_p], masses)
-        logits_RV = _apply(logits_RV, top_p, keep)
+        masses = upload(np.array([params[i].top_p for i in top_p], dtype=np.float64), device)
+        rows = upload(np.array(top_p), device)
+        logits_RV = _apply(logits_RV, rows, _top_p(probs_RV[rows], masses))
     min_p = [index for index, p in enumerate(params) if p.min_p > 0]
     if min_p:
-        ratio_R1 = probs_RV.new_tensor([params[i].min_p for i in min_p])[:, None]
-        chosen_RV = probs_RV[min_p]
-        keep = chosen_RV >= ratio_R1 * chosen_RV.amax(dim=-1, keepdim=True)
-        logits_RV = _apply(logits_RV, min_p, keep)
+        ratio_R = upload(np.array([params[i].min_p for i in min_p], dtype=np.float32), device)
+        rows = upload(np.array(min_p), device)
+        chosen_RV = probs_RV[rows]
+        keep = chosen_RV >= ratio_R[:, None] * chosen_RV.amax(dim=-1, keepdim=True)
+        logits_RV = _apply(logits_RV, rows, keep)
     return torch.softmax(logits_RV, dim=-1) if top_p or min_p else probs_RV
 
 
-def _apply(logits_RV: Tensor, rows: Sequence[int], keep: Tensor) -> Tensor:
+def _apply(logits_RV: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
     changed = logits_RV.clone()
     changed[rows] = changed[rows].masked_fill(~keep, -torch.inf)
     return changed
@@ -51,16 +53,20 @@ def _apply(logits_RV: Tensor, rows: Sequence[int], keep: Tensor) -> Tensor:
 def _top_k(logits_RV: Tensor, counts: Sequence[int]) -> Tensor:
     """Keep each row's `counts` largest."""
     best_RK = logits_RV.topk(max(counts), dim=-1).values
-    last = torch.tensor(counts, device=logits_RV.device)[:, None] - 1
+    last = upload(np.array(counts, dtype=np.int64), logits_RV.device)[:, None] - 1
     return logits_RV >= best_RK.gather(1, last)
 
 
 def _top_p(probs_RV: Tensor, masses_R: Tensor) -> Tensor:
     """Keep each row's smallest set of most likely ids with at least its mass (nucleus sampling,
-    Holtzman et al. 2020)."""
+    Holtzman et al. 2020). Whether the first look suffices is not asked of a device, which would
+    have to be waited for: there everything is sorted."""
     vocab = probs_RV.shape[1]
-    sorted_RK = probs_RV.topk(min(FIRST_LOOK, vocab), dim=-1).values
-    if (sorted_RK.double().sum(-1) < masses_R).any() and vocab > FIRST_LOOK:
+    if probs_RV.device.type == "cpu":
+        sorted_RK = probs_RV.topk(min(FIRST_LOOK, vocab), dim=-1).values
+        if (sorted_RK.double().sum(-1) < masses_R).any() and vocab > FIRST_LOOK:
+            sorted_RK = _descending(probs_RV)
+    else:
         sorted_RK = _descending(probs_RV)
     before_RK = sorted_RK.cumsum(-1, dtype=torch.float64) - sorted_RK
     kept_R1 = (before_RK < masses_R[:, None]).sum(-1, keepdim=True).clamp(min=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.bursts import Bursts
+from sps_runtime.runner.device_board import DeviceBoard
+from sps_runtime.runner.launched import POLL_S, Lane, Launched
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.sparse.dispatch import choose_operators, possible
@@ -75,6 +78,35 @@ class RecordingModel:
             return logits_RV
 
         graphs.run = kept
+
+
+class Watched:
+    """A runner, and the logits that each of its steps sampled from."""
+
+    def __init__(self, model: RecordingModel, runner: ModelRunner) -> None:
+        self._model, self._runner = model, runner
+        self.given: dict[int, list[Tensor]] = {}
+
+    def runs_late(self, plan: StepPlan) -> bool:
+        return self._runner.runs_late(plan)
+
+    def launch(self, plan: StepPlan, late: bool) -> Launched:
+        self._model.given.clear()
+        launched = self._runner.launch(plan, late)
+        if launched.ran.sampled or launched.ran.late:
+            self.given[plan.epoch] = list(self._model.given[0])
+        return launched
+
+
+def next_plan(queue: SimpleQueue[StepPlan | None], lane: Lane) -> StepPlan | None:
+    """As `runner.process` waits: for a plan or the end of a step, whichever comes first."""
+    while lane.busy:
+        try:
+            return queue.get_nowait()
+        except Empty:
+            if not lane.poll():
+                time.sleep(POLL_S)
+    return queue.get()
 
 
 @dataclass
@@ -180,6 +212,7 @@ class ThreadEngine:
         kv_dtype: as `config.cache` has it.
         record: replay decode steps, where the kernels are installed and all is on one host.
         make_backend: makes each rank's attention backend.
+        device_board: tokens of steps of one rank stay on its device, here the CPU.
     """
 
     def __init__(
@@ -198,6 +231,7 @@ class ThreadEngine:
         pipeline: bool = True,
         record: bool = False,
         make_backend: Callable[[], AttentionBackend] | None = None,
+        device_board: bool = False,
     ) -> None:
         self.sp, self.tp, self._page_size = sp, tp, page_size
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
@@ -237,6 +271,7 @@ class ThreadEngine:
                 PATIENCE_S,
                 pipeline=pipeline,
                 recorder=Recorder(ops.kernels) if record and ops.kernels else None,
+                device_board=DeviceBoard(SLOTS, means.device) if device_board else None,
             )
             self.models[rank].watch(runner)
             self.runners.append(runner)
@@ -250,18 +285,22 @@ class ThreadEngine:
             self.errors.append(error)
 
     def _rank_loop(self, rank: int) -> None:
-        model, runner = self.models[rank], self.runners[rank]
-        bursts = self._bursts(rank)
+        watched, bursts = Watched(self.models[rank], self.runners[rank]), self._bursts(rank)
+
+        def answer(result: StepResult) -> None:
+            given = watched.given.pop(result.epoch, ())
+            slots = [token.slot for token in result.sampled] if given else []
+            if result.error is None:
+                self.results.put(Answer(result, dict(zip(slots, given, strict=True))))
+
+        lane, queue = Lane(watched, rank, answer), self._queues[rank]
         try:
-            while (plan := self._queues[rank].get()) is not None:
-                model.given.clear()
-                if plan.burst is not None:
-                    self.results.put(Answer(bursts.run(plan), {}))
-                    continue
-                result = runner.execute(plan)
-                slots = [token.slot for token in result.sampled]
-                logits = dict(zip(slots, model.given[0] if slots else [], strict=True))
-                self.results.put(Answer(result, logits))
+            while (plan := next_plan(queue, lane)) is not None:
+                if plan.burst is None:
+                    lane.take(plan)
+                else:
+                    lane.run(plan, bursts.run)
+            lane.drain()
         except BaseException as error:
             self.errors.append(error)
             self.results.put(None)

@@ -27,6 +27,8 @@ def test_every_section_runs(tmp_path: Path) -> None:
     for name in (
         "rms_norm_us_64",
         "decode_ms_graphs_1x256",
+        "decode_ahead_ms_graphs_3x128",
+        "relay_plain_us_4x256+64",
         "ttft_s_exact_2048",
         "ttft_ratio_exact_over_csa_10_2048",
         "density_csa_10_2048",

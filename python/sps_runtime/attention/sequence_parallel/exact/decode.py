@@ -98,6 +98,7 @@ class DecodeAttention:
         """The arrays hold another step's values. False: no recording can be replayed with them."""
         backend = self._context.backend
         refreshed = [backend.refresh(lists) for lists in self._inputs.standing()]
+        self._inputs.sent()
         return all(refreshed)
 
     def form(self) -> tuple[str | None, ...]:
