@@ -111,8 +111,8 @@ def decode_steps(
     rank: LocalRank, plan: Plan, top: Ceilings, budget: Budget, label: str
 ) -> Iterator[tuple[str, float]]:
     """Median seconds of a step of some sequences, mean seconds of steps launched ahead of their
-    tokens, and the share of the memory ceiling: weights and KV read once. KV is whatever lies in the
-    pages: attention's time does not depend on it."""
+    tokens, and the share of the memory ceiling: weights and KV read once. KV is whatever lies in
+    the pages: attention's time does not depend on it."""
     config = plan.config
     weights = linear_flops(config, 1) + 2.0 * config.vocab_size * config.hidden_size  # 2 bytes each
     for rows, length in plan.decodes:
