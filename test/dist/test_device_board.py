@@ -11,7 +11,7 @@ import torch
 from test.dist.helpers.exact_models import exact_model, prompt
 from test.dist.helpers.exactness import check
 from test.dist.helpers.planner import Planner, Request, Shape
-from test.dist.helpers.thread_engine import Run, ThreadEngine, drive
+from test.dist.helpers.thread_engine import SLOTS, Run, ThreadEngine, drive
 from test.kit.fake_flashinfer import FakeFlashInfer
 
 from sps_runtime.attention.backend import AttentionBackend
@@ -86,10 +86,13 @@ def engine_of(kind: str, sp: int = 1, flashinfer: bool = False, **options: objec
             return fallback
         return FlashInferBackend(FakeFlashInfer(), fallback, torch.device("cpu"))
 
-    return ThreadEngine(
+    engine = ThreadEngine(
         model.config, model.arena(1, ops="torch"), sp=sp, page_size=16, pages_per_rank=PAGES,
-        ops=choose_ops("torch"), make_backend=make_backend, device_board=True, **options,
+        ops=choose_ops("torch"), make_backend=make_backend, **options,
     )  # fmt: skip
+    for runner in engine.runners:
+        runner._device_board = DeviceBoard(SLOTS, torch.device("cpu"))
+    return engine
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,6 @@ from sps_runtime.ops.dispatch import Ops, choose_ops
 from sps_runtime.ops.kv_rows import storage_dtype
 from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.bursts import Bursts
-from sps_runtime.runner.device_board import DeviceBoard
 from sps_runtime.runner.launched import POLL_S, Lane, Launched
 from sps_runtime.runner.model_runner import ModelRunner
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
@@ -212,7 +211,6 @@ class ThreadEngine:
         kv_dtype: as `config.cache` has it.
         record: replay decode steps, where the kernels are installed and all is on one host.
         make_backend: makes each rank's attention backend.
-        device_board: tokens of steps of one rank stay on its device, here the CPU.
     """
 
     def __init__(
@@ -231,7 +229,6 @@ class ThreadEngine:
         pipeline: bool = True,
         record: bool = False,
         make_backend: Callable[[], AttentionBackend] | None = None,
-        device_board: bool = False,
     ) -> None:
         self.sp, self.tp, self._page_size = sp, tp, page_size
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
@@ -271,7 +268,6 @@ class ThreadEngine:
                 PATIENCE_S,
                 pipeline=pipeline,
                 recorder=Recorder(ops.kernels) if record and ops.kernels else None,
-                device_board=DeviceBoard(SLOTS, means.device) if device_board else None,
             )
             self.models[rank].watch(runner)
             self.runners.append(runner)
