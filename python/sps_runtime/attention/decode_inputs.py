@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sps_runtime.attention.backend import PageLists
-from sps_runtime.ops.devices import CPU, Fence, Standing, empty_pinned
+from sps_runtime.ops.devices import CPU, Fence, Standing, pinned
 from sps_runtime.types.plan import StepPlan
 
 Int32s = npt.NDArray[np.int32]
@@ -62,7 +62,7 @@ class _Lists:
 
     def __init__(self, rows: int, capacity: int, kv_heads: int, device: torch.device) -> None:
         tensors = [
-            empty_pinned(shape, torch.int32, device).zero_()
+            pinned(np.zeros(shape, dtype=np.int32), device)
             for shape in ((rows, 8), (capacity,), (capacity,))
         ]
         self.items, self.page_ids, self.page_positions = (tensor.numpy() for tensor in tensors)

@@ -34,6 +34,15 @@ def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
+def pinned(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor of the host that a device copies from by itself; over the array's own
+    memory for a CPU, where recordings of steps reuse what torch allocates meanwhile."""
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    return empty_pinned(tuple(host.shape), host.dtype, device).copy_(host)
+
+
 class Standing:
     """An array of the host whose values go to a tensor that stays where it is.
 
@@ -43,9 +52,7 @@ class Standing:
     """
 
     def __init__(self, array: npt.NDArray[Any], device: torch.device) -> None:
-        host = torch.from_numpy(array)
-        if device.type != "cpu":
-            host = empty_pinned(tuple(host.shape), host.dtype, device).copy_(host)
+        host = pinned(array, device)
         self._host, self.array = host, host.numpy()
         self.tensor = host if device.type == "cpu" else host.to(device)
 
