@@ -109,3 +109,26 @@ def test_a_plan_that_cannot_be_launched() -> None:
     with pytest.raises(ValueError):
         device.take(-7)
     assert device.answers[-1].error == "ValueError: a bad plan" and not device.lane.busy
+
+
+def test_a_burst_begins_when_all_before_it_is_answered() -> None:
+    device = Device()
+    device.take(1)
+    device.take(2)
+
+    def execute(plan: StepPlan) -> StepResult:
+        assert device.told == [1, 2] and not device.lane.busy
+        return StepResult(plan.epoch, 3, steps=4)
+
+    device.lane.run(StepPlan(3, (0,), ()), execute)
+    assert device.told == [1, 2, 3] and device.answers[-1].steps == 4
+
+    def fails(plan: StepPlan) -> StepResult:
+        raise TimeoutError("nobody said anything")
+
+    with pytest.raises(TimeoutError):
+        device.lane.run(StepPlan(7, (0,), ()), fails)
+    assert (device.answers[-1].epoch, device.answers[-1].error) == (
+        7,
+        "TimeoutError: nobody said anything",
+    )
