@@ -10,10 +10,9 @@ import anthropic
 import httpx
 import pytest
 from test.kit import tokenizers as kinds
-from test.kit.script import Script, scripted_server
+from test.kit.script import Script, Scripted, scripted_server
 
 from sps_runtime.server.auth import Keys
-from sps_runtime.types.tokens import unpack_ids
 
 TEMPLATE = (
     "{% if tools %}TOOLS{% for t in tools %} {{ t.function.name }}{% endfor %}\n{% endif %}"
@@ -34,9 +33,9 @@ ASK: Any = [{"role": "user", "content": "How is it?"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 
 
-class Scripted:
+class Anthropic(Scripted):
     def __init__(self, script: Script, live: Any) -> None:
-        self.script, self.live = script, live
+        super().__init__(script, live)
         self.client = anthropic.Anthropic(
             base_url=live.url, api_key="none", max_retries=0, timeout=20
         )
@@ -52,10 +51,6 @@ class Scripted:
         with self.client.messages.stream(**self.options(answer, options)) as stream:
             return stream.get_final_message()
 
-    def prompt(self) -> str:
-        ids = list(unpack_ids(self.live.engine.requests[-1].tokens))
-        return str(self.live.manager.tokenizer.decode(ids, skip_special_tokens=False))
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,10 +59,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(directory: Path) -> Iterator[Scripted]:
+def server(directory: Path) -> Iterator[Anthropic]:
     script, live = scripted_server(directory, reasoning_parser="qwen3")
     with live:
-        yield Scripted(script, live)
+        yield Anthropic(script, live)
 
 
 def blocks(message: Any) -> list[tuple[Any, ...]]:
@@ -99,7 +94,7 @@ CASES = [
 
 @pytest.mark.parametrize(("answer", "expected", "reason"), CASES)
 def test_answers_whole_and_streamed(
-    server: Scripted, answer: str, expected: list[Any], reason: str
+    server: Anthropic, answer: str, expected: list[Any], reason: str
 ) -> None:
     for ask in (server.create, server.stream):
         message = ask(answer, tools=[TOOL])
@@ -110,7 +105,7 @@ def test_answers_whole_and_streamed(
         assert message.usage.output_tokens > 0
 
 
-def test_other_ends(server: Scripted) -> None:
+def test_other_ends(server: Anthropic) -> None:
     for ask in (server.create, server.stream):
         cut = ask("A long answer indeed", max_tokens=3)
         assert cut.stop_reason == "max_tokens" and cut.usage.output_tokens == 3
@@ -119,7 +114,7 @@ def test_other_ends(server: Scripted) -> None:
         assert blocks(stopped) == [("text", "one ")]
 
 
-def test_events_come_in_order(server: Scripted) -> None:
+def test_events_come_in_order(server: Anthropic) -> None:
     events = server.create(f"Well. {CALL}", tools=[TOOL], stream=True)
     kinds_seen = [event.type for event in events]
     assert kinds_seen[0] == "message_start" and kinds_seen[-2:] == ["message_delta", "message_stop"]
@@ -128,7 +123,7 @@ def test_events_come_in_order(server: Scripted) -> None:
     assert kinds_seen.count("content_block_delta") > 5
 
 
-def test_results_go_back(server: Scripted) -> None:
+def test_results_go_back(server: Anthropic) -> None:
     first = server.create(CALL, tools=[TOOL])
     (call,) = first.content
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [text("sunny")]}
@@ -146,7 +141,7 @@ def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words, "cache_control": {"type": "ephemeral"}}
 
 
-def test_choices_and_formats_are_grammars(server: Scripted) -> None:
+def test_choices_and_formats_are_grammars(server: Anthropic) -> None:
     def grammar() -> str:
         return str(server.live.engine.requests[-1].sampling.grammar)
 
@@ -164,7 +159,7 @@ def test_choices_and_formats_are_grammars(server: Scripted) -> None:
     assert "city" in grammar()
 
 
-def test_count_tokens(server: Scripted) -> None:
+def test_count_tokens(server: Anthropic) -> None:
     options: Any = {"messages": ASK, "model": "test-model", "tools": [TOOL], "system": "Be kind."}
     count = server.client.messages.count_tokens(**options).input_tokens
     assert server.create("x", **options).usage.input_tokens == count > 10
@@ -190,7 +185,7 @@ def test_count_tokens(server: Scripted) -> None:
         ({"stop_sequences": [""]}, "stop_sequences"),
     ],
 )
-def test_refused_by_name(server: Scripted, options: dict[str, Any], field: str) -> None:
+def test_refused_by_name(server: Anthropic, options: dict[str, Any], field: str) -> None:
     with pytest.raises(anthropic.BadRequestError) as caught:
         server.create("x", **options)
     body: Any = caught.value.body
@@ -198,26 +193,26 @@ def test_refused_by_name(server: Scripted, options: dict[str, Any], field: str) 
     assert field in body["error"]["message"]
 
 
-def test_errors_have_their_types(server: Scripted, directory: Path) -> None:
+def test_errors_have_their_types(server: Anthropic, directory: Path) -> None:
     with pytest.raises(anthropic.NotFoundError):
         server.create("x", model="another")
     script, live = scripted_server(directory)
     live._keys = Keys(user_hashes=["00" * 32])
     with live, pytest.raises(anthropic.AuthenticationError):
-        Scripted(script, live).create("x")
+        Anthropic(script, live).create("x")
 
 
 def test_a_stream_that_fails_says_so(directory: Path) -> None:
     script, live = scripted_server(directory)
     with live:
         live.engine.delay_s = 0.02
-        stream = Scripted(script, live).create("slow " * 50, stream=True)
+        stream = Anthropic(script, live).create("slow " * 50, stream=True)
         live.call(live.engine.fail)
         with pytest.raises(anthropic.APIStatusError, match="overloaded_error"):
             list(stream)
 
 
-def test_unknown_options_are_named(server: Scripted) -> None:
+def test_unknown_options_are_named(server: Anthropic) -> None:
     body = {"model": "test-model", "max_tokens": 3, "messages": ASK, "wibble": 1, "metadata": {}}
     answer = httpx.post(f"{server.live.url}/v1/messages", json=body)
     assert answer.status_code == 200 and answer.headers["x-sps-ignored"] == "wibble"

@@ -10,11 +10,10 @@ from typing import Any
 import openai
 import pytest
 from test.kit import tokenizers as kinds
-from test.kit.script import Script, scripted_server
+from test.kit.script import Script, Scripted, scripted_server
 
 from sps_runtime.server.responses_store import ResponseStore, StoredResponse
 from sps_runtime.types.errors import InvalidRequest
-from sps_runtime.types.tokens import unpack_ids
 
 TEMPLATE = (
     "{% for t in tools or [] %}TOOL {{ t.function.name }} {% endfor %}"
@@ -37,9 +36,9 @@ TOOL: Any = {
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 
 
-class Scripted:
+class Responses(Scripted):
     def __init__(self, script: Script, live: Any) -> None:
-        self.script, self.live = script, live
+        super().__init__(script, live)
         self.client = openai.OpenAI(
             base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=20
         )
@@ -47,13 +46,6 @@ class Scripted:
     def ask(self, answer: str, given: Any = "Hi", **options: Any) -> Any:
         self.script.text = answer
         return self.client.responses.create(input=given, model="test-model", **options)
-
-    def prompt(self) -> str:
-        ids = list(unpack_ids(self.live.engine.requests[-1].tokens))
-        return str(self.live.manager.tokenizer.decode(ids, skip_special_tokens=False))
-
-    def grammar(self) -> str:
-        return str(self.live.engine.requests[-1].sampling.grammar)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +55,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(directory: Path) -> Iterator[Scripted]:
+def server(directory: Path) -> Iterator[Responses]:
     script, live = scripted_server(directory, reasoning_parser="qwen3")
     with live:
-        yield Scripted(script, live)
+        yield Responses(script, live)
 
 
 def items(response: Any) -> list[tuple[Any, ...]]:
@@ -96,7 +88,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), CASES)
-def test_answers_whole_and_streamed(server: Scripted, answer: str, expected: list[Any]) -> None:
+def test_answers_whole_and_streamed(server: Responses, answer: str, expected: list[Any]) -> None:
     whole = server.ask(answer, tools=[TOOL])
     assert items(whole) == expected and whole.status == "completed"
     assert whole.output_text == "".join(text for kind, text, *_ in expected if kind == "message")
@@ -119,7 +111,7 @@ def test_answers_whole_and_streamed(server: Scripted, answer: str, expected: lis
         assert done.item.id == item.id and done.item.status == "completed"
 
 
-def test_the_clients_own_accumulator_agrees(server: Scripted) -> None:
+def test_the_clients_own_accumulator_agrees(server: Responses) -> None:
     server.script.text = f"Let me see. {CALL}"
     with server.client.responses.stream(input="Hi", model="test-model", tools=[TOOL]) as stream:
         list(stream)
@@ -127,7 +119,7 @@ def test_the_clients_own_accumulator_agrees(server: Scripted) -> None:
     assert items(final) == [("message", "Let me see."), ("call", "weather", {"city": "Zürich"})]
 
 
-def test_a_cut_answer_is_incomplete(server: Scripted) -> None:
+def test_a_cut_answer_is_incomplete(server: Responses) -> None:
     for stream in (False, True):
         response = server.ask("A long answer indeed", max_output_tokens=3, stream=stream)
         if stream:
@@ -140,7 +132,7 @@ def test_a_cut_answer_is_incomplete(server: Scripted) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_conversation_goes_on(server: Scripted, stream: bool) -> None:
+def test_a_conversation_goes_on(server: Responses, stream: bool) -> None:
     def settled(response: Any) -> Any:
         return list(response)[-1].response if stream else response
 
@@ -165,13 +157,13 @@ def test_a_conversation_goes_on(server: Scripted, stream: bool) -> None:
     assert caught.value.code == "previous_response_not_found"
 
 
-def test_unstored_responses_are_forgotten(server: Scripted) -> None:
+def test_unstored_responses_are_forgotten(server: Responses) -> None:
     response = server.ask("x", store=False)
     with pytest.raises(openai.BadRequestError):
         server.ask("x", previous_response_id=response.id)
 
 
-def test_items_instead_of_a_store(server: Scripted) -> None:
+def test_items_instead_of_a_store(server: Responses) -> None:
     first = server.ask(f"See: {CALL}", tools=[TOOL])
     given = [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]
     given += [item.model_dump(exclude_none=True) for item in first.output]
@@ -184,7 +176,7 @@ def test_items_instead_of_a_store(server: Scripted) -> None:
     )
 
 
-def test_other_servers_sampling_options_are_honoured(server: Scripted) -> None:
+def test_other_servers_sampling_options_are_honoured(server: Responses) -> None:
     told = {"ignore_eos": True, "stop": None, "seed": 7, "top_k": 3, "min_tokens": 2}
     server.ask("Well", extra_body=told, max_output_tokens=9)
     sampling = server.live.engine.requests[-1].sampling
@@ -193,7 +185,7 @@ def test_other_servers_sampling_options_are_honoured(server: Scripted) -> None:
     assert server.ask("One, two, three", extra_body={"stop": ", three"}).output_text == "One, two"
 
 
-def test_formats_and_choices_are_grammars(server: Scripted) -> None:
+def test_formats_and_choices_are_grammars(server: Responses) -> None:
     server.ask("x", text={"format": {"type": "text"}})
     assert not server.grammar()
     server.ask("{}", text={"format": {"type": "json_object"}})
@@ -222,7 +214,7 @@ def test_formats_and_choices_are_grammars(server: Scripted) -> None:
         ({"text": {"verbosity": "low"}}, "text"),
     ],
 )
-def test_refused_by_name(server: Scripted, options: dict[str, Any], param: str) -> None:
+def test_refused_by_name(server: Responses, options: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.ask("x", **options)
     assert str(caught.value.param).startswith(param)

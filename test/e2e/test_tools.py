@@ -10,11 +10,10 @@ from typing import Any
 import openai
 import pytest
 from test.kit import tokenizers as kinds
-from test.kit.script import Script, scripted_server
+from test.kit.script import Script, Scripted, scripted_server
 
 from sps_runtime.grammar.backends import make_backend
 from sps_runtime.grammar.protocol import Vocabulary
-from sps_runtime.types.tokens import unpack_ids
 
 TEMPLATE = (
     "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
@@ -53,11 +52,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kinds.write_directory(path, kinds.byte_level_tokenizer(), template=TEMPLATE)
 
 
-class Scripted:
+class Chat(Scripted):
     """A scripted server with OpenAI's client."""
 
     def __init__(self, script: Script, live: Any) -> None:
-        self.script, self.live = script, live
+        super().__init__(script, live)
         self._client = openai.OpenAI(
             base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=20
         )
@@ -67,13 +66,6 @@ class Scripted:
         options = {"messages": ASK, "model": "test-model", **options}
         return self._client.chat.completions.create(**options)
 
-    def prompt(self) -> str:
-        ids = list(unpack_ids(self.live.engine.requests[-1].tokens))
-        return str(self.live.manager.tokenizer.decode(ids, skip_special_tokens=False))
-
-    def grammar(self) -> str:
-        return str(self.live.engine.requests[-1].sampling.grammar)
-
 
 @pytest.fixture(scope="module", params=list(CALLS))
 def form(request: pytest.FixtureRequest) -> str:
@@ -81,10 +73,10 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(directory: Path, form: str) -> Iterator[Scripted]:
+def server(directory: Path, form: str) -> Iterator[Chat]:
     script, live = scripted_server(directory, tool_call_parser=form, reasoning_parser="qwen3")
     with live:
-        yield Scripted(script, live)
+        yield Chat(script, live)
 
 
 def streamed(chunks: Any) -> tuple[str, str, list[tuple[str, str]], str | None]:
@@ -113,7 +105,7 @@ def whole(answer: Any) -> tuple[str, str, list[tuple[str, str]], str | None]:
 
 
 @pytest.mark.parametrize("thought", ["", "I need it.\nYes."])
-def test_calls_round_trip(server: Scripted, form: str, thought: str) -> None:
+def test_calls_round_trip(server: Chat, form: str, thought: str) -> None:
     lead = "" if form == "llama3" else "Let me see. "
     answer = (f"<think>\n{thought}\n</think>\n\n" if thought else "") + lead + CALLS[form]
     expected = (thought, lead.strip(), EXPECTED, "tool_calls")
@@ -121,7 +113,7 @@ def test_calls_round_trip(server: Scripted, form: str, thought: str) -> None:
     assert streamed(server.chat(answer, tools=TOOLS, stream=True)) == expected
 
 
-def test_the_next_turn_takes_calls_and_results(server: Scripted, form: str) -> None:
+def test_the_next_turn_takes_calls_and_results(server: Chat, form: str) -> None:
     first = server.chat(CALLS[form], tools=TOOLS).choices[0].message
     assert first.content is None
     results = [
@@ -134,14 +126,14 @@ def test_the_next_turn_takes_calls_and_results(server: Scripted, form: str) -> N
     assert "CALL weather cityCALL now<tool>sunny<tool>sunny" in prompt, "arguments are an object"
 
 
-def test_no_tools_no_calls(server: Scripted, form: str) -> None:
+def test_no_tools_no_calls(server: Chat, form: str) -> None:
     for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         answer = server.chat(CALLS[form], **options)
         assert whole(answer)[1:] == (CALLS[form], [], "stop")
         assert "TOOLS" not in server.prompt() and not server.grammar()
 
 
-def test_a_cut_call_says_so(server: Scripted, form: str) -> None:
+def test_a_cut_call_says_so(server: Chat, form: str) -> None:
     limit = len(server.script._tokenizer.encode(CALLS[form])) // 2
     for stream in (False, True):
         answer = server.chat(CALLS[form], tools=TOOLS, max_tokens=limit, stream=stream)
@@ -149,7 +141,7 @@ def test_a_cut_call_says_so(server: Scripted, form: str) -> None:
         assert found[2][0][0] == "weather" and found[3] == "length"
 
 
-def test_one_call_where_no_more_are_wanted(server: Scripted, form: str) -> None:
+def test_one_call_where_no_more_are_wanted(server: Chat, form: str) -> None:
     answer = server.chat(CALLS[form], tools=TOOLS, parallel_tool_calls=False)
     assert whole(answer)[2] == EXPECTED[:1]
 
@@ -163,7 +155,7 @@ def test_one_call_where_no_more_are_wanted(server: Scripted, form: str) -> None:
     ],
 )
 def test_forced_calls_are_a_grammar(
-    server: Scripted, form: str, choice: Any, parallel: bool, accepted: list[bool]
+    server: Chat, form: str, choice: Any, parallel: bool, accepted: list[bool]
 ) -> None:
     server.chat(
         CALLS[form], tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, max_tokens=2
@@ -172,7 +164,7 @@ def test_forced_calls_are_a_grammar(
     assert [follows(server.grammar(), answer) for answer in answers] == accepted
 
 
-def test_strict_tools_keep_to_their_schemas(server: Scripted, form: str) -> None:
+def test_strict_tools_keep_to_their_schemas(server: Chat, form: str) -> None:
     tool = json.loads(json.dumps(TOOLS[0]))
     server.chat("x", tools=[tool], max_tokens=2)
     assert not server.grammar()
@@ -211,7 +203,7 @@ def follows(grammar: str, answer: str) -> bool:
     return bool(matcher.allowed()[2])
 
 
-def test_what_cannot_be(server: Scripted) -> None:
+def test_what_cannot_be(server: Chat) -> None:
     for options, param in (
         ({"tool_choice": "required"}, "tool_choice"),
         (
@@ -233,7 +225,7 @@ def test_what_cannot_be(server: Scripted) -> None:
         assert caught.value.param == param
 
 
-def test_grammars_begin_after_reasoning(server: Scripted, form: str) -> None:
+def test_grammars_begin_after_reasoning(server: Chat, form: str) -> None:
     """The servers of this module read qwen3's reasoning, which is optional."""
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     for options, answer in (
@@ -253,13 +245,13 @@ def test_grammars_begin_after_reasoning(server: Scripted, form: str) -> None:
 def test_opened_reasoning_must_be_closed(directory: Path) -> None:
     script, live = scripted_server(directory, reasoning_parser="deepseek-r1")
     with live:
-        server = Scripted(script, live)
+        server = Chat(script, live)
         server.chat("x", max_tokens=2, response_format={"type": "json_object"})
         assert follows(server.grammar(), 'So.</think>\n{"a": 1}')
         assert not follows(server.grammar(), '{"a": 1}')
 
 
-def test_reasoning_may_stay_in_the_text(server: Scripted) -> None:
+def test_reasoning_may_stay_in_the_text(server: Chat) -> None:
     answer = server.chat("<think>a</think>b", extra_body={"separate_reasoning": False})
     assert whole(answer)[:2] == ("", "<think>a</think>b")
 
@@ -267,7 +259,7 @@ def test_reasoning_may_stay_in_the_text(server: Scripted) -> None:
 def test_without_parsers(directory: Path) -> None:
     script, live = scripted_server(directory, tool_call_parser="none")
     with live:
-        server = Scripted(script, live)
+        server = Chat(script, live)
         assert whole(server.chat("<think>a</think>b"))[:2] == ("", "<think>a</think>b")
         with pytest.raises(openai.BadRequestError) as caught:
             server.chat("x", tools=TOOLS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sps_runtime.config.server import ServerConfig
 from sps_runtime.frontend.tokenizer import Tokenizer
 from sps_runtime.types.request import GenerateRequest
+from sps_runtime.types.tokens import unpack_ids
 from test.kit.fake_engine import FakeEngine
 from test.kit.live_server import LiveServer
 
@@ -28,6 +30,22 @@ class Script:
 
     def engine(self) -> FakeEngine:
         return FakeEngine(self.answer, eos=(EOS,))
+
+
+class Scripted:
+    """A scripted server, running; tests add the client that they ask it by."""
+
+    def __init__(self, script: Script, live: Any) -> None:
+        self.script, self.live = script, live
+
+    def prompt(self) -> str:
+        """The last request's, with its special tokens."""
+        ids = list(unpack_ids(self.live.engine.requests[-1].tokens))
+        return str(self.live.manager.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def grammar(self) -> str:
+        """The last request's, as ranks get it."""
+        return str(self.live.engine.requests[-1].sampling.grammar)
 
 
 def scripted_server(directory: Path, **settings: str) -> tuple[Script, LiveServer]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from test.kit.block_case import BlockCase
 
-from sps_runtime.sparse.blob import BlobShape, decode
-from sps_runtime.sparse.estimators.registry import estimator
 from sps_runtime.sparse.kernel_operators import KernelSparseOperators
 from sps_runtime.sparse.operators import Chosen, QueryBlocks, SummaryPool
-from sps_runtime.sparse.reference import Block, own_block
 from sps_runtime.sparse.selection import select
 from sps_runtime.sparse.torch_operators import TorchOperators, gather, selection_settings
 from sps_runtime.types.attention import SparseSettings
@@ -24,26 +20,11 @@ PAGE, HEADS, GROUP, SLOTS = 16, 2, 3, 64
 SETTINGS = SparseSettings(budget=0.3, minimum=4, rows=16, superblock=256)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Two sequences over two ranks' pools: one whole, one whose last half is new."""
-
-    q_THD: Tensor
-    k: list[Tensor]
-    v: list[Tensor]
-    queries: QueryBlocks
-    summaries: SummaryPool
-    scale: float
-
-    def choose(self, operators, settings: SparseSettings) -> Chosen:
-        arguments = (self.q_THD, self.queries, self.k, self.summaries, settings, self.scale)
-        return operators.choose(*arguments)
-
-
 def make_case(
     dtype: torch.dtype, head_dim: int, *, exact: bool = False, superblock: int = 256
-) -> Case:
-    """With `exact`, keys and rows that sketches and bytes hold without rounding."""
+) -> BlockCase:
+    """Two sequences: one whole, one whose last half is new. With `exact`, keys and rows that
+    sketches and bytes hold without rounding."""
     blocks, ids, row, number = [], [], 0, 0
     free = torch.randperm(2 * SLOTS).tolist()
     for total, new in ((600, 600), (1024, 512)):
@@ -73,7 +54,7 @@ def make_case(
         torch.tensor(blocks, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32), 0
     )
     summaries = SummaryPool(pools, SLOTS, PAGE, head_dim)
-    return Case(q.to(dtype), k, v, queries, summaries, head_dim**-0.5)
+    return BlockCase(q.to(dtype), k, v, queries, summaries, head_dim**-0.5, block=64)
 
 
 @pytest.fixture
@@ -127,38 +108,14 @@ def assert_same(got: Chosen, want: Chosen) -> None:
     assert (got.read_pairs, got.causal_pairs) == (want.read_pairs, want.causal_pairs)
 
 
-def block_shares(case: Case, settings: SparseSettings) -> list[Tensor]:
-    """Each block's shares by torch: ``[kv_heads, pages before]``."""
-    pool, found = case.summaries, estimator(settings.estimator)
-    ids, shares = case.queries.page_ids, []
-    q_KGTD = case.q_THD.float().unflatten(1, (HEADS, -1)).permute(1, 2, 0, 3) * case.scale
-    shape = BlobShape(PAGE, pool.head_dim, case.q_THD.dtype)
-    tokens = Counter[int]()
-    for _, rows, _, number, _, _ in case.queries.blocks.tolist():
-        tokens[number] += rows
-    for row, rows, position, number, entry, _ in case.queries.blocks.tolist():
-        before, stop = position // PAGE, -(-(position + rows) // PAGE)
-        of = ids[entry : entry + stop]
-        keys = gather(case.k, SLOTS, of[before:]).float()
-        counts = (rows - torch.arange(len(keys)) * PAGE).clamp(max=PAGE)
-        q = q_KGTD[:, :, row : row + rows]
-        block = Block(position, q, before, 64 // PAGE, own_block(q, keys, keys, counts))
-        known = decode(gather(pool.pools, SLOTS, of[:before]), shape)
-        wide = selection_settings(settings, position, PAGE, tokens[number])
-        shares.append(block.shares(known, found, wide) if before else torch.zeros(HEADS, 0))
-    return shares
-
-
 def regret(
-    case: Case, settings: SparseSettings, got: list[set[int]], want: list[set[int]]
+    case: BlockCase, settings: SparseSettings, got: list[set[int]], want: list[set[int]]
 ) -> float:
     """How much less share, in logs, the worst page has that only `got` has than the best that it
     lacks; the most of all items."""
     worst = 0.0
     blocks = case.queries.blocks.tolist()
-    for item, share_KN in enumerate(
-        row for shares in block_shares(case, settings) for row in shares
-    ):
+    for item, share_KN in enumerate(row for shares in case.shares(settings) for row in shares):
         entry = blocks[item // HEADS][4]
         place = {
             int(page): j for j, page in enumerate(case.queries.page_ids[entry:][: len(share_KN)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test.triton.sparse_case import BLOCK, GROUP, HEADS, PAGE, SLOTS, Case, sparse_settings
+from test.triton.sparse_case import BLOCK, GROUP, HEADS, PAGE, SLOTS, make_case, sparse_settings
 from torch import Tensor
 
 from sps_runtime.ops.triton.choice import Limits, choose_pages
@@ -52,7 +52,7 @@ def test_summaries_are_the_same_bytes(dtype: torch.dtype, head_dim: int, page: i
 @pytest.mark.parametrize("rows", [0, 5, 8])
 def test_shares(dtype: torch.dtype, rows: int) -> None:
     """Of blocks whole and cut short, of which the first has no page before it."""
-    case = Case.make(dtype, 32)
+    case = make_case(dtype, 32)
     settings = sparse_settings(rows=rows)
     tables = PoolTables()
     blocks = ScoredBlocks.of(
@@ -68,7 +68,7 @@ def test_shares(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_shares_do_not_depend_on_how_many_blocks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case.make(torch.float32, 16)
+    case = make_case(torch.float32, 16)
     settings = sparse_settings()
     want = case.choose(OPS, settings)
     monkeypatch.setattr("sps_runtime.ops.triton.scores.WORKSPACE_BYTES", 1)
@@ -89,7 +89,7 @@ def test_shares_do_not_depend_on_how_many_blocks_wait(monkeypatch: pytest.Monkey
 )
 def test_choice(change: dict[str, Any], dtype: torch.dtype) -> None:
     """One page in fifty may go either way where shares are rounded to half precision."""
-    case, settings = Case.make(dtype, 32), sparse_settings(**change)
+    case, settings = make_case(dtype, 32), sparse_settings(**change)
     got, want = case.choose(OPS, settings), case.choose(TRUTH, settings)
     assert torch.equal(got.items[:, :3], want.items[:, :3])
     if dtype == torch.float32 or change:
@@ -155,7 +155,7 @@ def test_selection_of_given_shares(settings: SelectionSettings, superblocks: boo
 
 
 def test_a_superblock_of_one_token_reads_everything() -> None:
-    case = Case.make(torch.float32, 16, lengths=((193, 1),))
+    case = make_case(torch.float32, 16, lengths=((193, 1),))
     settings = sparse_settings(budget=0.1, minimum=2)
     got = case.choose(OPS, settings)
     assert_same(got, case.choose(TRUTH, settings))
@@ -163,7 +163,7 @@ def test_a_superblock_of_one_token_reads_everything() -> None:
 
 
 def test_no_blocks() -> None:
-    case = Case.make(torch.float32, 16, lengths=())
+    case = make_case(torch.float32, 16, lengths=())
     chosen = case.choose(OPS, sparse_settings())
     assert len(chosen.items) == chosen.read_pairs == chosen.causal_pairs == 0
     o, lse = OPS.tail(case.q_THD, case.queries, chosen, case.summaries, case.scale)
@@ -173,7 +173,7 @@ def test_no_blocks() -> None:
 @DTYPES
 @pytest.mark.parametrize("count", [0, 1, 18])
 def test_masses(dtype: torch.dtype, count: int) -> None:
-    case = Case.make(dtype, 32)
+    case = make_case(dtype, 32)
     settings: SparseSettings = sparse_settings()
     full = torch.cat((case.queries.page_ids[:7], case.queries.page_ids[8:]))
     ids = full[:count]  # page 7 is not full and has no summary
@@ -188,7 +188,7 @@ def test_masses(dtype: torch.dtype, count: int) -> None:
 @DTYPES
 @pytest.mark.parametrize("head_dim", [12, 32])
 def test_tail(dtype: torch.dtype, head_dim: int) -> None:
-    case = Case.make(dtype, head_dim)
+    case = make_case(dtype, head_dim)
     chosen = case.choose(TRUTH, sparse_settings())
     arguments = (case.q_THD, case.queries, chosen, case.summaries, case.scale)
     (o, lse), (want_o, want_lse) = OPS.tail(*arguments), TRUTH.tail(*arguments)
@@ -207,7 +207,7 @@ def test_tail(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def test_a_pool_that_cannot_be_read_has_no_slots() -> None:
-    case = Case.make(torch.float32, 16)
+    case = make_case(torch.float32, 16)
     want = case.choose(OPS, sparse_settings())
     case.k.append(case.k[0][:0])
     pools = case.summaries.pools
@@ -217,5 +217,5 @@ def test_a_pool_that_cannot_be_read_has_no_slots() -> None:
 
 
 def test_other_estimators_go_to_torch() -> None:
-    case, settings = Case.make(torch.float32, 16), sparse_settings(estimator="quest")
+    case, settings = make_case(torch.float32, 16), sparse_settings(estimator="quest")
     assert_same(case.choose(OPS, settings), case.choose(TRUTH, settings))
