@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class Branch:
-    """A text, its variables, and the steps that still have to run.
+    """A `Draft`, and the steps of it that still have to run.
 
     Steps that only write run at once, in the thread that appends them; a step that asks the
     model, and all behind it, run in a thread of their own that ends with the last of them. So

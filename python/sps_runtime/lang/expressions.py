@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from sps_runtime.lang.choices import ChoicesSamplingMethod
+from sps_runtime.lang.draft import Draft
 from sps_runtime.lang.sampling import Sampling
-
-if TYPE_CHECKING:
-    from sps_runtime.lang.branch import Branch
 
 
 class Expression:
@@ -151,4 +149,4 @@ class AppendBranches(Step):
     """Append what each of some branches wrote since it was forked."""
 
     asks_model: ClassVar[bool] = True
-    branches: tuple[Branch, ...]
+    branches: tuple[Draft, ...]
