@@ -22,6 +22,7 @@ from sps_runtime.distributed.by_device import DeviceMailroom, StagedMailroom
 from sps_runtime.distributed.communicator import Mailroom, Traffic
 from sps_runtime.distributed.cuda_ipc import Driver, Exported, box_events, event_name, tell_all
 from sps_runtime.distributed.threads import ThreadWorld
+from sps_runtime.distributed.torch_dist import TorchDistMailroom
 from sps_runtime.kvstore.shape import KVShape
 from sps_runtime.runner.gpu import share_gpu, with_domains
 from sps_runtime.runner.place import Place
@@ -224,3 +225,19 @@ def test_the_driver_is_called_as_it_is_declared() -> None:
         driver.allocate(4096)
     with pytest.raises(ValueError, match="a handle of 3 bytes"):
         driver.open(b"abc")
+
+
+def test_graphs_hold_what_nccl_carries() -> None:
+    """A device carries NCCL's messages by itself; boxes, staging and gloo need the host."""
+
+    class Group:
+        def rank(self) -> int:
+            return 0
+
+    world, traffic = ThreadWorld(2).mailroom(0), Traffic()
+    nccl = TorchDistMailroom(Group(), traffic, coalesce=True)
+    gloo = TorchDistMailroom(Group(), traffic)
+    carried = [nccl, gloo, StagedMailroom(world)]
+    group = (0, 1)
+    found = [DeviceMailroom(world, links).group(group).recordable for links in carried]
+    assert found == [True, False, False] and not BoxMailroom.recordable

@@ -17,6 +17,7 @@ from sps_runtime.attention import flashinfer
 from sps_runtime.attention.flashinfer import FlashInferBackend
 from sps_runtime.attention.shared_prefix import ReadCost
 from sps_runtime.attention.torch_sdpa import TorchBackend
+from sps_runtime.distributed.threads import ThreadCommunicator
 from sps_runtime.ops.dispatch import choose_ops
 
 PAGES = 120
@@ -133,6 +134,36 @@ def test_branches_behind_one_prefix(
                  for form in kept.recordings}  # fmt: skip
         assert forms == {("decode",), ("decode+shared",)}
         assert recorder.records < 12 < recorder.replays
+
+
+def test_graphs_of_tensor_parallel_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each captures its part, exchanges included; both replay the same steps in the same order."""
+    monkeypatch.setattr(ThreadCommunicator, "recordable", True)  # as NCCL's
+    model = exact_model("llama")
+    libraries: list[FakeFlashInfer] = []
+
+    def make_backend() -> FlashInferBackend:
+        libraries.append(FakeFlashInfer())
+        return FlashInferBackend(libraries[-1], TorchBackend(), torch.device("cpu"))
+
+    engine = ThreadEngine(
+        model.config, model.arena(2, ops="torch"), tp=2, arch="tp", page_size=16,
+        pages_per_rank=PAGES, ops=choose_ops("torch"), make_backend=make_backend,
+    )  # fmt: skip
+    recorders = [Graphs(library) for library in libraries]
+    for runner, recorder in zip(engine.runners, recorders, strict=True):
+        runner._graphs._recorder = recorder
+    shape = Shape(1, 16, PAGES, decode="sharded", overlap=False)
+    requests = [Request(prompt(length), arrival=at) for length, at in ((151, 0), (15, 1), (64, 2))]
+    try:
+        run = drive(engine, Planner(shape), requests)
+        check("llama", engine, shape, requests, run)
+    finally:
+        engine.close()
+    found = {(recorder.records, recorder.replays) for recorder in recorders}
+    assert len(found) == 1
+    ((records, replays),) = found
+    assert records < 8 < replays
 
 
 @pytest.fixture(autouse=True)

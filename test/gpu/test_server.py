@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 MARGIN, NEW = 1e-3, 24
@@ -68,6 +69,15 @@ def answers(url: str) -> list[dict[str, Any]]:
     return found
 
 
+def check_tokens(mine: dict[str, Any], theirs: dict[str, Any], log: list[str]) -> None:
+    """The same tokens, up to one that the CPU was not sure of."""
+    ours, wanted = ([t[1] for t in one["output_token_logprobs"]] for one in (mine, theirs))
+    same = next((i for i, (a, b) in enumerate(zip(ours, wanted, strict=True)) if a != b), NEW)
+    if same < NEW:
+        best, second = (entry[0] for entry in theirs["output_top_logprobs"][same][:2])
+        assert best - second < MARGIN, f"token {same}\n" + "".join(log)
+
+
 @pytest.fixture(scope="module")
 def truth() -> list[dict[str, Any]]:
     with serving("--device", "cpu", "--dtype", "float32") as (url, _):
@@ -85,11 +95,21 @@ def test_answers(truth: list[dict[str, Any]], sp: int, links: str) -> None:
     with serving(*flags) as (url, log):
         found = answers(url)
     for mine, theirs in zip(found, truth, strict=True):
-        ours, wanted = ([t[1] for t in one["output_token_logprobs"]] for one in (mine, theirs))
-        same = next((i for i, (a, b) in enumerate(zip(ours, wanted, strict=True)) if a != b), NEW)
-        if same < NEW:
-            best, second = (entry[0] for entry in theirs["output_top_logprobs"][same][:2])
-            assert best - second < MARGIN, f"token {same}\n" + "".join(log)
+        check_tokens(mine, theirs, log)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_tensor_parallel_answers(truth: list[dict[str, Any]], graphs: bool) -> None:
+    """Over NCCL, decode steps of both ranks captured with their exchanges and not."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for each rank")
+    flags = ["--device", "cuda", "--dtype", "float32", "--tp-size", "2"]
+    flags += [] if graphs else ["--disable-step-graphs"]
+    with serving(*flags, "--max-total-tokens", "32768") as (url, log):
+        found = answers(url)
+    for mine, theirs in zip(found, truth, strict=True):
+        check_tokens(mine, theirs, log)
 
 
 @pytest.mark.timeout(300)

@@ -36,6 +36,7 @@ class ByDevice(TorchSum):
         self._host, self._device = host, device
         self.rank, self.size = host.rank, host.size
         self.traffic: Traffic = host.traffic
+        self.recordable = device.recordable  # recordings are of tensors on the device
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
         self._of(send, recv).exchange(send, recv, kind)

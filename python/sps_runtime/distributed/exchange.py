@@ -19,9 +19,13 @@ class Done:
 
 
 class TorchSum:
-    """What communicators have in common that are not recordable."""
+    """What communicators have in common whose sums torch computes.
 
-    recordable = False
+    Attributes:
+        recordable: only where a device carries messages by itself.
+    """
+
+    recordable: bool = False
 
     def sum(self, parts: Tensor) -> Tensor:
         total = parts[0].to(torch.float32, copy=True)
@@ -64,10 +68,12 @@ class Carrier(Protocol):
     Attributes:
         rank: this global rank.
         traffic: where to count.
+        recordable: whether messages are work of a device alone, which a graph holds.
     """
 
     rank: int
     traffic: Traffic
+    recordable: bool
 
     def move(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
         """Send and fill everything, by global rank, and count what waiting for it took.
@@ -96,6 +102,7 @@ class CarrierCommunicator(TorchSum):
         self.rank = global_ranks.index(carrier.rank)
         self.size = len(global_ranks)
         self.traffic = carrier.traffic
+        self.recordable = carrier.recordable
 
     def exchange(self, send: Sequence[Tensor], recv: Sequence[Tensor], kind: Kind) -> None:
         outgoing, incoming = self._messages(send, recv, kind)

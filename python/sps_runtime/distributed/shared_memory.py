@@ -87,6 +87,8 @@ class SharedMemoryMailroom:
         spin_s: how long a wait polls before it sleeps; 0 where ranks outnumber cores.
     """
 
+    recordable = False
+
     def __init__(
         self,
         memory: mmap,

@@ -121,7 +121,8 @@ class TorchDistMailroom:
         group: of `gloo_group` or `nccl_group`.
         traffic: where to count.
         back: a second group of the same ranks.
-        coalesce: post all messages of an exchange as one operation, as NCCL needs.
+        coalesce: post all messages of an exchange as one operation, as NCCL needs; what NCCL does
+            is on streams alone, and CUDA graphs hold it.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class TorchDistMailroom:
         coalesce: bool = False,
     ) -> None:
         self._group, self._back = group, back or group
-        self._coalesce = coalesce
+        self._coalesce = self.recordable = coalesce
         self.rank = int(group.rank())
         self.traffic = traffic
         self._communicator = cache(partial(CarrierCommunicator, self))

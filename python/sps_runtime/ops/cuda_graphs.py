@@ -1,7 +1,8 @@
 """Recording what a GPU computes: CUDA graphs behind the interface of `ops.recording`.
 
 All graphs share one pool of memory, since they never run at once; work is run once before it is
-captured, so that libraries have what they make only once.
+captured, so that libraries have what they make only once, NCCL its connections. Ranks that capture
+an exchange have made it once by then, and so has a rank that replays it: they stay in step.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ class GraphRecorder:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Threads of NCCL's look at events meanwhile: that does not concern this capture.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 captured = work()
-        except RuntimeError as reason:
+        except (RuntimeError, ConnectionError) as reason:
             return result, f"{type(reason).__name__}: {reason}"
         return result, GraphRecording(graph, captured)

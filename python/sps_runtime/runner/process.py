@@ -144,7 +144,7 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
     backend = _choose_backend(engine, ops, model, dtype, device)
     means = _open_means(child, place, model, dtype, backend, ops, operators, device)
-    recorder = _recorder(engine, ops, device)
+    recorder = _recorder(engine, ops, device, _all_links(means))
     board = TokenBoard(map_memory(child.fds["board"]), engine.spin_s)
     runner = ModelRunner(
         model,
@@ -209,12 +209,16 @@ def _open_means(
     return open_gpu_means(setup, device, device_operators())
 
 
-def _recorder(engine: EngineConfig, ops: Ops, device: torch.device) -> StepRecorder | None:
-    """What records decode steps; between GPUs nothing does."""
+def _recorder(
+    engine: EngineConfig, ops: Ops, device: torch.device, links: GroupLinks
+) -> StepRecorder | None:
+    """What records decode steps. On GPUs those of one SP rank, alone or with TP peers over NCCL:
+    among SP ranks which rows see a rank's pages changes from step to step, and so do kernels."""
     if engine.disable_step_graphs:
         return None
     if device.type != "cpu":
-        return GraphRecorder(device) if engine.parallel.world_size == 1 else None
+        holds = engine.parallel.sp_size == 1 and links.recordable
+        return GraphRecorder(device) if holds else None
     return Recorder(ops.kernels) if ops.kernels is not None else None
 
 
