@@ -1,1 +1,1 @@
-"""What a step costs: read by the scheduler's policies and by the simulator. No torch."""
+"""What a step costs: read by the scheduler's policies. No torch."""
