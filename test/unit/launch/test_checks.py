@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from test.kit.echo_engine import CONFIG
 
 from sps_runtime.config.options import EngineOptions
 from sps_runtime.config.parallel import ParallelConfig
@@ -14,16 +15,7 @@ from sps_runtime.config.server import ServerConfig
 from sps_runtime.launch.checks import bind_http, check_model
 from sps_runtime.types.errors import ConfigError
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "vocab_size": 256,
-}
+LLAMA = {**CONFIG, "max_position_embeddings": 4096}
 
 
 def write_model(directory: Path, **changes: object) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from test.kit.echo_engine import CONFIG
 
 from sps_runtime.config.model import parse_model_config
 from sps_runtime.config.options import EngineOptions
@@ -13,19 +14,7 @@ from sps_runtime.config.parallel import ParallelConfig
 from sps_runtime.launch import sizing
 from sps_runtime.types.errors import ConfigError
 
-MODEL = parse_model_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "vocab_size": 256,
-        "torch_dtype": "bfloat16",
-    }
-)
+MODEL = parse_model_config({**CONFIG, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"})
 
 
 def settle(**options: object) -> object:
