@@ -139,7 +139,7 @@ class FlyingCsa:
         self._blocks[block].written.write(layer)
 
     def counters(self) -> tuple[SparseCounters, ...]:
-        """As `csa.SparsePassKV.counters`; a collective call."""
+        """As `csa.prefill.SparsePassKV.counters`; a collective call."""
         self._measure.finish()
         return self._counts.of_sequences()
 

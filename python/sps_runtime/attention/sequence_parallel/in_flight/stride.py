@@ -196,7 +196,7 @@ class FlyingStride:
             self._counts.add(0 if layer else sent)
 
     def counters(self) -> tuple[SparseCounters, ...]:
-        """As `stride.Stride.counters`."""
+        """As `stride.prefill.Stride.counters`."""
         return self._counts.of_sequences()
 
     def attend(
