@@ -223,6 +223,7 @@ class FakeFlashInfer:
         assert v_a.dtype == v_b.dtype and v_a.dtype in (torch.bfloat16, torch.float16)
         assert s_a.dtype == s_b.dtype == torch.float32
         assert all(x.is_contiguous() for x in (v_a, s_a, v_b, s_b))
+        assert v_a.shape[1] * v_a.shape[2] <= 8192, "more threads than a block has"
         self.merges += 1
         most = torch.maximum(s_a, s_b)
         a, b = (s_a - most).exp2(), (s_b - most).exp2()  # NaN where both are -inf, as the kernel's

@@ -288,6 +288,16 @@ def test_lists_that_stay(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("pages_alone")
+def test_more_heads_than_flashinfer_merges() -> None:
+    batch = Batch(secrets.randbits(32), 4, 8192 // DIM + 1, 1, dtype=torch.bfloat16)
+    build(batch, "all")
+    backend, library = make()
+    q = batch.queries()
+    batch.check(backend.partial(q, batch.runs(), batch.pool, scale=0.2), q)
+    assert library.merges == 0 and read_pages(library) < pages_of(batch)
+
+
+@pytest.mark.usefixtures("pages_alone")
 def test_arrays_of_a_form_stay() -> None:
     batch = Batch(secrets.randbits(32), 4)
     prefix = batch.pages(3)

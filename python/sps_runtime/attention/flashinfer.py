@@ -43,7 +43,7 @@ from sps_runtime.attention.flashinfer_layout import (
     read_cost,
     sides_of,
 )
-from sps_runtime.attention.flashinfer_merges import LN2, base2, merge_shared_
+from sps_runtime.attention.flashinfer_merges import LN2, base2, merge_shared_, merges
 from sps_runtime.attention.flashinfer_shared import LEAST_BYTES, Sharing, padded, share
 from sps_runtime.attention.flashinfer_wrappers import Planned, Wrappers
 from sps_runtime.ops.merge_state import empty_state, merge_rows_, merge_states
@@ -144,7 +144,7 @@ class FlashInferBackend:
 
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         dtypes = {partial.o.dtype for partial in partials}
-        if len(partials) < 2 or dtypes != {out_THD.dtype} or out_THD.dtype == torch.float32:
+        if len(partials) < 2 or dtypes != {out_THD.dtype} or not merges(out_THD):
             out_THD.copy_(merge_states([(partial.o, partial.lse) for partial in partials])[0])
             return
         o, lse = base2(partials[0])

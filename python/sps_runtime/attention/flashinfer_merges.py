@@ -16,6 +16,15 @@ _NOTHING = -5e4
 """FlashInfer 0.6's log2 of no mass; its merge makes NaN of two -inf."""
 
 
+_MOST_OUTPUTS = 8192
+"""Heads times dim: its merges give a row to one block, eight outputs to a thread of 1,024."""
+
+
+def merges(o: Tensor) -> bool:
+    """Whether FlashInfer's kernels merge such outputs ``[tokens, heads, dim]``."""
+    return o.dtype != torch.float32 and o.shape[1] * o.shape[2] <= _MOST_OUTPUTS
+
+
 def base2(partial: Partial) -> tuple[Tensor, Tensor]:
     """A partial as FlashInfer's merges take it."""
     return partial.o.contiguous(), (partial.lse / LN2).clamp_min(_NOTHING)
@@ -37,9 +46,10 @@ def merge_shared_(
         back, has: ``[rows]`` int64 and bool, as `flashinfer_shared.places` has them.
     """
     o_b, lse_b = shared[0][back], shared[1][back]
-    if o.dtype != torch.float32:
+    if merges(o):
         library.merge_state_in_place(o, lse, o_b, lse_b, has)
         return
-    natural = lse.mul(LN2)
-    merge_rows_(o, natural, None, o_b, lse_b.mul(LN2).masked_fill(~has[:, None], -torch.inf))
+    exact, natural = o.float(), lse.mul(LN2)  # `exact` is o itself where that is fp32
+    merge_rows_(exact, natural, None, o_b, lse_b.mul(LN2).masked_fill(~has[:, None], -torch.inf))
+    o.copy_(exact)
     lse.copy_(natural.div_(LN2))
