@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere."""
+"""Links of the documentation lead somewhere, and its index has every decision."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def broken(page: Path) -> list[str]:
 def test_links_lead_somewhere() -> None:
     found = {str(page.relative_to(lint.ROOT)): links for page in pages() if (links := broken(page))}
     assert not found
+
+
+def test_the_index_has_every_decision() -> None:
+    index = (lint.ROOT / "docs" / "README.md").read_text()
+    decisions = [path.name for path in (lint.ROOT / "docs" / "adr").glob("*.md")]
+    assert [name for name in decisions if f"(adr/{name})" not in index] == []
 
 
 def test_broken_links_are_seen(tmp_path: Path) -> None:
