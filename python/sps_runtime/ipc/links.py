@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -169,6 +170,8 @@ class _FrameReader(Generic[T]):
         """Return the messages that are here already, at most `limit`, without waiting."""
         messages: list[T] = []
         for _ in range(limit):
+            if not self.readable:
+                break
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -178,6 +181,12 @@ class _FrameReader(Generic[T]):
             else:
                 self._drop("has several parts or is too long")
         return messages
+
+    @property
+    def readable(self) -> bool:
+        """Whether a frame is here. This costs less than to look for one in vain."""
+        events: int = self.socket.get(zmq.EVENTS)  # type: ignore[assignment]
+        return bool(events & zmq.POLLIN)
 
     def _decode_into(self, messages: list[T], frame: bytes) -> None:
         try:
@@ -278,6 +287,14 @@ class AsyncReceiver(_FrameReader[T]):
         super().close()
 
 
-def new_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """The ZMQ context of a process; one I/O thread."""
-    return zmq.Context(io_threads=1)
+def new_context(cores: Iterable[int] = ()) -> zmq.Context[zmq.Socket[bytes]]:
+    """The ZMQ context of a process; one I/O thread.
+
+    Args:
+        cores: logical CPUs that the thread may use; where the process may unless told. A rank is
+            bound to its core, and its messages had better not take that from it.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+    for core in cores:
+        context.set(zmq.THREAD_AFFINITY_CPU_ADD, core)
+    return context

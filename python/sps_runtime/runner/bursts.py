@@ -97,14 +97,16 @@ class Bursts:
                 if not self._go_on(leader, step.epoch, results):
                     break
                 continue
-            goes_on = not (stops(burst, result) or self._clock() > until or self._interrupted())
+            stopped = stops(burst, result)
+            if not stopped and (news := tokens_of(burst, len(results) - 1, result)):
+                # First of all: while the others wait for the verdict, their cores are free for it.
+                self._tell(TokensBatch(news))
+            goes_on = not (stopped or self._clock() > until or self._interrupted())
             if not alone:
                 verdict = GO_ON if goes_on else END
                 self._board.write(step.epoch, [self._word(leader)], [verdict])
             if not goes_on:
                 break
-            if news := tokens_of(burst, len(results) - 1, result):
-                self._tell(TokensBatch(news))
         return joined(plan, results)
 
     def _go_on(self, leader: int, epoch: int, results: list[StepResult]) -> bool:
@@ -147,7 +149,7 @@ def stops(burst: Burst, result: StepResult) -> bool:
 
 
 def tokens_of(burst: Burst, index: int, result: StepResult) -> tuple[TokensOut, ...]:
-    """What the front end is told of a step after which the burst goes on."""
+    """What the front end is told of a step, where no sequence stops."""
     sequences = zip(burst.rids, burst.firsts, result.sampled, strict=True)
     return tuple(_news(rid, first + index, sampled) for rid, first, sampled in sequences if rid)
 

@@ -71,7 +71,7 @@ def main() -> None:
 
 def run(child: ChildContext[RankConfig]) -> None:
     """Serve until told to stop."""
-    config, context = child.config, new_context()
+    config, context = child.config, new_context(message_cores(child.config.engine))
     timeline = open_timeline(config.log.trace_file, config.rank, child.name)
     plans, results = open_links(context, config)
     inbox, teller = Inbox(plans), Teller(context, config.endpoints.frontend)
@@ -89,6 +89,14 @@ def run(child: ChildContext[RankConfig]) -> None:
         results.close(FAREWELL_MS)
         context.term()
         timeline.flush()
+
+
+def message_cores(engine: EngineConfig) -> tuple[int, ...]:
+    """Where a bound rank's messages are sent and received: on the cores that ranks leave, or on
+    those of all ranks."""
+    if not engine.cores:
+        return ()
+    return tuple(engine.service_cores or sorted({core for cores in engine.cores for core in cores}))
 
 
 def open_bursts(

@@ -42,7 +42,7 @@ def sample(
     """
     planned = [plan.sequences[index] for index in sequences]
     if all(sequence.sample is not None and _plain(sequence.sample) for sequence in planned):
-        greedy = _argmax(logits_RV.to(torch.float32)).tolist()
+        greedy = _largest(logits_RV)
         return [SampledToken(s.slot, token) for s, token in zip(planned, greedy, strict=True)]
     samples = [sequence.sample for sequence in planned if sequence.sample is not None]
     positions = [sequence.start + sequence.count for sequence in planned]
@@ -106,6 +106,15 @@ def token_logprobs(scores_V: Tensor, token: int, top: int, wanted: Sequence[int]
     pairs = [] if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
     named = zip(wanted, scores_V[list(wanted)].tolist(), strict=True) if wanted else ()
     return TokenLogprobs(token, scores_V[token].item(), _best_first(pairs), _best_first(named))
+
+
+def _largest(logits_RV: Tensor) -> list[int]:
+    """`_argmax` as ids. On a CPU straight from the memory: between two replays every call into
+    torch finds cold caches."""
+    if logits_RV.is_cpu and logits_RV.dtype == torch.float32:
+        ids: list[int] = logits_RV.numpy().argmax(axis=-1).tolist()
+        return ids
+    return _argmax(logits_RV.to(torch.float32)).tolist()
 
 
 def _argmax(logits_RV: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ class StepGraphs:
         else:
             logits_RV = self._run(shape, links)
         self._means.traffic.attention_bytes += shape.attention.remote_bytes()
-        return logits_RV[: len(plan.sequences)]
+        rows = len(plan.sequences)
+        return logits_RV if rows == shape.inputs.rows else logits_RV[:rows]
 
     def _padded(self, rows: int) -> int:
         """Rows of the shape that a step is computed in: a graph costs memory and a moment to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import threading
@@ -198,3 +199,20 @@ def send_when_connected(sender: Sender[ToScheduler], message: ToScheduler) -> No
         except ConnectionError:
             time.sleep(0.02)
     raise AssertionError("nobody connects")
+
+
+def test_the_io_thread_runs_where_it_is_told() -> None:
+    core = max(os.sched_getaffinity(0))
+    context = new_context([core])
+    before = set(os.listdir("/proc/self/task"))
+    socket = context.socket(zmq.PULL)  # threads start with the first socket, and then bind
+    try:
+        deadline = time.monotonic() + 5.0
+        bound: list[set[int]] = []
+        while {core} not in bound and time.monotonic() < deadline:
+            fresh = set(os.listdir("/proc/self/task")) - before
+            bound = [os.sched_getaffinity(int(task)) for task in fresh]
+        assert {core} in bound
+    finally:
+        socket.close()
+        context.term()
