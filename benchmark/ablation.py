@@ -5,7 +5,8 @@ of the rung before, all are measured in turns of one run, up the ladder and down
 pass-KV and fetch-or-route are not run here: the first is no code of ours, the second is not used in
 prefill (ADR 9). A rung of decode times a token behind the same prompt.
 
-    python benchmark/ablation.py [--quick] [--tokens 16384] [--mbit 34] [--json FILE]
+    python benchmark/ablation.py [--quick] [--tokens 16384] [--mbit 34] [--rounds 2]
+        [--json FILE]
 
 Metrics are defined in benchmark/README.md.
 """
@@ -21,7 +22,7 @@ from harness import arguments, median, report
 from slow_wire import Cell, Ranks, TwoHosts, available
 from slow_wire_rank import Prefill
 
-DECODED = 9
+DECODED = 5
 CHUNK = 2048
 
 BLOCK: dict[str, Any] = {"placement": "contiguous", "sparse": {}}
@@ -89,11 +90,12 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--mbit", type=float, default=34.0, help="of each end of the wire")
+    parser.add_argument("--rounds", type=int, default=2, help="1: up the ladder alone")
     args = parser.parse_args()
     if why_not := available():
         raise SystemExit(why_not)
     tokens = 4096 if args.quick else args.tokens
-    rows = climb(tokens, args.mbit, 1 if args.quick else 2)
+    rows = climb(tokens, args.mbit, 1 if args.quick else args.rounds)
     report(args.json, figures_of(rows, tokens), rows)
 
 

@@ -36,6 +36,10 @@ SECONDS = {
 SHORT_S, TWO_S = 24.0, 58.0
 """A run of several layers is about no longer than this, so that a pair fits into a minute; one of
 two layers than that: with one, nothing of a layer hides behind the next."""
+LONGEST = 32768
+LONGEST_S, LONGEST_TWO_S = 120.0, 300.0
+"""The same of the longest prompt's exact strategies, whose layers are so long that filling and
+emptying the pipeline is most of what few of them show."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ class Cell:
         """Of a run; one is enough where nothing flies from one to the next. The same with and
         without the pipeline."""
         layers = 1 if self.strategy == "tp" else LAYERS
-        while layers > 1 and layers * self.layer_s() > (SHORT_S if layers > 2 else TWO_S):
+        several, two = SHORT_S, TWO_S
+        if self.tokens == LONGEST and self.strategy in ("pass_kv", "ulysses"):
+            several, two = LONGEST_S, LONGEST_TWO_S
+        while layers > 1 and layers * self.layer_s() > (several if layers > 2 else two):
             layers //= 2
         return layers
 
