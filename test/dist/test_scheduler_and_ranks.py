@@ -134,7 +134,8 @@ def serve(
 @pytest.mark.parametrize("cell", CELLS, ids=["-".join(map(str, cell[:7])) for cell in CELLS])
 def test_what_is_scheduled_is_what_one_rank_says(cell: tuple) -> None:
     plans = check(cell, sparse=False)
-    assert any(plan.burst for plan in plans)
+    slow_messages = cell[-1] > 1e-3  # then groups decode sharded, and only ranks alone in bursts
+    assert slow_messages or any(plan.burst for plan in plans)
 
 
 @pytest.mark.parametrize("cell", CELLS[:4], ids=["-".join(map(str, c[:7])) for c in CELLS[:4]])
