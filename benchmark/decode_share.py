@@ -1,0 +1,132 @@
+"""What share of the memory floor does decoding over HTTP reach, where the memory's rate moves?
+
+A machine that is shared gives its memory at 30 GB/s one second and at 65 the next, so floors
+before and after a run say little about it. Here reads of memory and short streams take turns: a
+round is a probe, one answer (of prompts that are cached, so that it begins at once), a probe; its
+share is what its steps had to read (weights once, KV of every request) over its time and over the
+faster of its two probes. Shares of many rounds are told as quartiles, those of rounds whose probes
+agree apart.
+
+    python benchmark/decode_share.py --model DIR [--cells b1_512 b8_512 b1_8192] [--rounds 40]
+        [--json FILE] [-- FLAGS]
+
+Two ranks of one thread, which are bound to their cores: servers in turns would have to share them,
+so commits and flags are compared by running this for each, more than once.
+Metrics are defined in benchmark/README.md.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import Server, arguments, median, quantile, report
+from peers.maths import decode_rate, step_bytes
+
+TOKENS = 49
+ALIKE = 1.1
+"""Probes of a round agree within this factor."""
+_PROBE = """
+import mmap, sys, time, torch
+torch.set_num_threads(2)
+room = mmap.mmap(-1, 4096 * 16384 * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+room.madvise(mmap.MADV_HUGEPAGE)
+m, v = torch.frombuffer(room, dtype=torch.float32).view(4096, 16384).fill_(1.0), torch.ones(16384)
+def seconds(read):
+    start = time.perf_counter(); read(); return time.perf_counter() - start
+for line in sys.stdin:
+    best = min(seconds(read) for _ in range(3) for read in (lambda: m @ v, lambda: m.amax()))
+    print(m.numel() * 4 / best, flush=True)
+"""
+
+
+@contextmanager
+def probing() -> Iterator[subprocess.Popen[str]]:
+    """A process that reads 256 MB, two ways, whenever it is told a line."""
+    command = [sys.executable, "-c", _PROBE]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def probe(process: subprocess.Popen[str]) -> float:
+    """Bytes a second, the best of six reads."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
+
+
+def answers(server: Server, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[float]]:
+    """Arrival times of each stream's tokens."""
+
+    def one(prompt: list[int]) -> list[float]:
+        start = time.perf_counter()
+        return [start + moment for moment in server.stream(prompt, tokens).times]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(one, prompts))
+
+
+def measure(
+    server: Server, cell: str, rounds: int, prober: subprocess.Popen[str]
+) -> Iterator[dict[str, Any]]:
+    """Rounds of one cell."""
+    batch, length = (int(part.strip("b")) for part in cell.split("_"))
+    rng = random.Random(cell)
+    prompts = [[rng.randrange(300, 1000) for _ in range(length)] for _ in range(batch)]
+    answers(server, prompts, 8)
+    needed = step_bytes(batch, length + TOKENS / 2)
+    for _ in range(rounds):
+        before = probe(prober)
+        rate = decode_rate(answers(server, prompts))
+        floor = (before, probe(prober))
+        share = needed * rate / batch / max(floor)
+        yield {"cell": cell, "tokens_per_s": rate, "floor": floor, "share": share}
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By cell, quartiles of shares, the median rate and floor; rounds with a steady floor apart."""
+    figures: dict[str, float] = {}
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        mine = [row for row in rows if row["cell"] == cell]
+        steady = [row for row in mine if max(row["floor"]) < ALIKE * min(row["floor"])]
+        for kind, chosen in (("", mine), ("_steady", steady)):
+            figures[f"rounds{kind}_{cell}"] = len(chosen)
+            if not chosen:
+                continue
+            for q in (0.25, 0.5, 0.75):
+                share = quantile([row["share"] for row in chosen], q)
+                figures[f"share_q{round(100 * q)}{kind}_{cell}"] = share
+            rates = [row["tokens_per_s"] for row in chosen]
+            figures[f"decode_tokens_per_s{kind}_{cell}"] = median(rates)
+            floors = [max(row["floor"]) for row in chosen]
+            figures[f"read_bytes_per_s{kind}_{cell}"] = median(floors)
+    return figures
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--model", type=Path, required=True, help="a directory of the 0.5b shape")
+    parser.add_argument("--cells", nargs="+", default=["b1_512", "b8_512", "b1_8192"])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("flags", nargs="*", help="of the servers, behind --")
+    args = parser.parse_args()
+    flags = ["--model-path", str(args.model), "--sp-size", "2", "--threads-per-rank", "1"]
+    room = ["--max-total-tokens", "20000", "--context-length", "9000", *args.flags]
+    rounds = 3 if args.quick else args.rounds
+    with Server(*flags, *room) as server, probing() as prober:
+        rows = [row for cell in args.cells for row in measure(server, cell, rounds, prober)]
+    report(args.json, figures_of(rows), rows)
+
+
+if __name__ == "__main__":
+    main()
