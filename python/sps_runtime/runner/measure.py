@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from statistics import median
 
@@ -24,10 +24,11 @@ SMALL_ROUNDS, LARGE_ROUNDS = 30, 4
 LARGE_BYTES = 4 << 20
 FLOPS, LEAST_ROWS, MOST_ROWS = 5e9, 32, 512
 """Of one product that is timed: enough rows to be bound by arithmetic."""
+FLOPS_ROUNDS = 3
 DECODE_ROWS = (1, 2, 4, 8, 16)
 DECODE_BYTES = 64 << 20
 """Weights of the layers that are timed in turn: more than caches hold."""
-DECODE_ROUNDS = 3
+DECODE_ROUNDS = 5
 GPU_ROWS = 4096
 
 
@@ -49,7 +50,7 @@ def measure_flops(
         rows = GPU_ROWS
     x_TD = torch.randn(rows, inputs).to(device, dtype)
     linear = place("sharded", "ntp", links, (rows,), ops)
-    rounds = DECODE_ROUNDS if device.type == "cpu" else 2 * DECODE_ROUNDS
+    rounds = FLOPS_ROUNDS if device.type == "cpu" else 2 * FLOPS_ROUNDS
     seconds = [_timed(lambda: gate_up(linear, x_TD), device) for _ in range(rounds)]
     return 2.0 * rows * outputs * inputs / min(seconds)
 
@@ -63,6 +64,7 @@ def measure_decode(
     A collective call. Layers are timed in turn, so that their weights come from memory. The head is
     left out: it is one more layer of the same kind, and more than all of them to measure. Each
     placement is timed as steps run it: replicated ones are replayed where they can be recorded.
+    They take turns, for memory that others use too may be twice as fast a second later.
 
     Args:
         links: of the group of all SP ranks.
@@ -76,8 +78,14 @@ def measure_decode(
         members = (rows,) * links.sp.size
         whole = place("sharded", "ntp", links, members, ops)
         slices = place("replicated", "ntp", links, members, ops)
-        sharded.append(_layer_seconds(layers, x_TD, whole, links, None))
-        replicated.append(_layer_seconds(layers, x_TD, slices, links, recorder))
+        called = _all_layers(layers, x_TD, slices)
+        runs: list[Callable[[], object]] = [_all_layers(layers, x_TD, whole), called]
+        if recorder is not None and links.recordable:
+            _, recording = recorder.record(called)
+            runs[1] = called if isinstance(recording, str) else recording.replay
+        seconds = _in_turns(runs, links, x_TD.device)
+        sharded.append(seconds[0] / len(layers))
+        replicated.append(seconds[1] / len(layers))
     worst = _worst(links.world, [*sharded, *replicated])
     count = len(DECODE_ROWS)
     return DecodeCost(DECODE_ROWS, tuple(worst[:count]), tuple(worst[count:]), links.sp.size)
@@ -92,28 +100,29 @@ def linear_part(layer: DecoderLayer, x_TD: Tensor, linear: LinearPlacement) -> T
     return layer.mlp(linear, update_TD)
 
 
-def _layer_seconds(
-    layers: list[DecoderLayer],
-    x_TD: Tensor,
-    linear: LinearPlacement,
-    links: GroupLinks,
-    recorder: StepRecorder | None,
-) -> float:
-    def all_layers() -> Tensor:
+def _all_layers(
+    layers: list[DecoderLayer], x_TD: Tensor, linear: LinearPlacement
+) -> Callable[[], Tensor]:
+    def run() -> Tensor:
         for layer in layers:
             update_TD = linear_part(layer, x_TD, linear)
         return update_TD
 
-    run: Callable[[], Tensor] = all_layers
-    if recorder is not None and links.recordable:
-        _, recording = recorder.record(all_layers)
-        if not isinstance(recording, str):
-            run = recording.replay
-    seconds = []
+    return run
+
+
+def _in_turns(
+    runs: Sequence[Callable[[], object]], links: GroupLinks, device: torch.device
+) -> list[float]:
+    """The least seconds of each."""
+    seconds: list[list[float]] = []
     for _ in range(DECODE_ROUNDS):
-        _worst(links.world, [0.0])  # all begin together
-        seconds.append(_timed(run, x_TD.device) / len(layers))
-    return min(seconds)
+        row = []
+        for run in runs:
+            _worst(links.world, [0.0])  # all begin together
+            row.append(_timed(run, device))
+        seconds.append(row)
+    return [min(column) for column in zip(*seconds, strict=True)]
 
 
 def _layers_to_time(model: Decoder) -> int:
