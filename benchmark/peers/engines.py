@@ -20,6 +20,8 @@ from peers.protocol import PeerError, Times, Worker, on_cores
 BENCHMARK = ROOT / "benchmark"
 CALL_S = 900.0
 """Nothing that is asked of a peer may take longer."""
+SUPERBLOCKS = 8192
+"""Tokens that our pool has besides: superblocks of csa lie whole on a rank."""
 COLD_PROMPT = list(range(300, 316))
 
 
@@ -106,7 +108,8 @@ class Ours:
     def __init__(self, side: Side, pair: Pair, model: Path) -> None:
         self.versions: dict[str, str] = {}
         room = str(pair.context + 64 * pair.sequences)
-        flags = ["--model-path", str(model), "--max-total-tokens", room, "--context-length", room]
+        pool = str(int(room) + SUPERBLOCKS)
+        flags = ["--model-path", str(model), "--max-total-tokens", pool, "--context-length", room]
         flags += ["--cpu-bind", cores_of(side)]  # also where the other side is a server of ours
         self._server = Server(*flags, *side.flags)
         with on_cores(side.threads):
