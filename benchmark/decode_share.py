@@ -27,24 +27,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import Server, arguments, median, quantile, report
+from harness import READS, Server, arguments, median, quantile, report
 from peers.maths import decode_rate, step_bytes
 
 TOKENS = 49
 ALIKE = 1.1
 """Probes of a round agree within this factor."""
-_PROBE = """
-import mmap, sys, time, torch
+_PROBE = (
+    READS
+    + """
+import sys, time
 torch.set_num_threads(2)
-room = mmap.mmap(-1, 4096 * 16384 * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-room.madvise(mmap.MADV_HUGEPAGE)
-m, v = torch.frombuffer(room, dtype=torch.float32).view(4096, 16384).fill_(1.0), torch.ones(16384)
+nbytes, reads = reads_of(4096)
 def seconds(read):
     start = time.perf_counter(); read(); return time.perf_counter() - start
 for line in sys.stdin:
-    best = min(seconds(read) for _ in range(3) for read in (lambda: m @ v, lambda: m.amax()))
-    print(m.numel() * 4 / best, flush=True)
+    print(nbytes / min(seconds(read) for _ in range(3) for read in reads[:2]), flush=True)
 """
+)
 
 
 @contextmanager

@@ -23,8 +23,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PROBES = 5
-_FLOORS = """
-import json, mmap, sys, time, torch
+READS = """
+import mmap, torch
+def reads_of(rows):
+    room = mmap.mmap(-1, rows * 16384 * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    m = torch.frombuffer(room, dtype=torch.float32).view(rows, 16384).fill_(1.0)
+    v = torch.ones(16384)
+    return m.numel() * 4, [lambda: m @ v, lambda: m.amax(), lambda: m.sum()]
+"""
+"""Source of `reads_of`: a size in bytes, and ways to read as much from huge pages."""
+_FLOORS = (
+    READS
+    + """
+import json, sys, time
 threads, probes = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(threads)
 def best(run):
@@ -41,16 +53,13 @@ if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_sup
 for product in products:
     product()
     flops = max(flops, 2 * 2048**3 / best(product))
-room = mmap.mmap(-1, 8192 * 16384 * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-room.madvise(mmap.MADV_HUGEPAGE)
-m, v = torch.frombuffer(room, dtype=torch.float32).view(8192, 16384).fill_(1.0), torch.ones(16384)
-reads = [lambda: m @ v, lambda: m.sum(), lambda: m.amax()]
-rate = 0.0
+rate, (nbytes, reads) = 0.0, reads_of(8192)
 for read in reads:
     read()
-    rate = max(rate, m.numel() * 4 / best(read))
+    rate = max(rate, nbytes / best(read))
 print(json.dumps({"gemm_flops_per_s": flops, "read_bytes_per_s": rate}))
 """
+)
 
 
 def machine() -> dict[str, Any]:
