@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import suppress
 
 import zmq
@@ -31,19 +30,16 @@ class Inbox:
 
     def __init__(self, plans: Receiver[ToRank]) -> None:
         self._plans = plans
-        self._here: deque[ToRank] = deque()
 
     def next(self) -> ToRank:
         """The next message; waits for it."""
-        while not self._here:
-            message = self._plans.receive()
-            if message is not None:
-                return message
-        return self._here.popleft()
+        while (message := self._plans.receive()) is None:
+            continue
+        return message
 
     def waiting(self) -> bool:
         """Whether a message is here."""
-        return bool(self._here) or self._plans.readable
+        return self._plans.readable
 
 
 class Teller:

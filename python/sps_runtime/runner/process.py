@@ -76,12 +76,13 @@ def run(child: ChildContext[RankConfig]) -> None:
     plans, results = open_links(context, config)
     inbox, teller = Inbox(plans), Teller(context, config.endpoints.frontend)
     try:
-        runner, ready = start(child, timeline)
+        board = TokenBoard(map_memory(child.fds["board"]), config.engine.spin_s)
+        runner, ready = start(child, timeline, board)
         results.send(ready)
         child.ready(ready.detail)
         gc.collect()
         gc.freeze()  # what was loaded stays: collections need not look at it again
-        bursts = open_bursts(child, runner, inbox, teller)
+        bursts = open_bursts(config, runner, board, inbox, teller)
         loop(config.rank, runner, bursts, inbox, results)
     finally:
         teller.close()
@@ -100,16 +101,16 @@ def message_cores(engine: EngineConfig) -> tuple[int, ...]:
 
 
 def open_bursts(
-    child: ChildContext[RankConfig], runner: ModelRunner, inbox: Inbox, teller: Teller
+    config: RankConfig, runner: ModelRunner, board: TokenBoard, inbox: Inbox, teller: Teller
 ) -> Bursts:
     """What runs this rank's bursts."""
-    config, engine = child.config, child.config.engine
+    engine = config.engine
     return Bursts(
         config.rank,
         engine.parallel.tp_size,
         engine.cache.page_size,
         runner.execute,
-        TokenBoard(map_memory(child.fds["board"]), engine.spin_s),
+        board,
         inbox.waiting,
         teller.tell,
         engine.watchdog_timeout_s,
@@ -140,7 +141,9 @@ def _next(inbox: Inbox, lane: Lane) -> ToRank:
     return inbox.next()
 
 
-def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRunner, RankReady]:
+def start(
+    child: ChildContext[RankConfig], timeline: Timeline, board: TokenBoard
+) -> tuple[ModelRunner, RankReady]:
     """Load this rank's model, meet the others, warm up and measure."""
     config, engine = child.config, child.config.engine
     torch.set_num_threads(engine.threads_per_rank)
@@ -153,7 +156,6 @@ def start(child: ChildContext[RankConfig], timeline: Timeline) -> tuple[ModelRun
     backend = _choose_backend(engine, ops, model, dtype, device)
     means = _open_means(child, place, model, dtype, backend, ops, operators, device)
     recorder = _recorder(engine, ops, device, _all_links(means))
-    board = TokenBoard(map_memory(child.fds["board"]), engine.spin_s)
     runner = ModelRunner(
         model,
         vocab,
