@@ -59,6 +59,24 @@ class Graphs:
         return work(), Graph(self, work)
 
 
+def make_engine(
+    kind: str, sp: int, hosts: tuple[int, ...] | None
+) -> tuple[ThreadEngine, list[FakeFlashInfer]]:
+    """An engine whose ranks compute attention by stand-ins for FlashInfer, one a rank."""
+    model = exact_model(kind)
+    libraries: list[FakeFlashInfer] = []
+
+    def make_backend() -> FlashInferBackend:
+        libraries.append(FakeFlashInfer())
+        return FlashInferBackend(libraries[-1], TorchBackend(), torch.device("cpu"))
+
+    engine = ThreadEngine(
+        model.config, model.arena(1, ops="torch"), sp=sp, page_size=16, pages_per_rank=PAGES,
+        hosts=hosts, ops=choose_ops("torch"), make_backend=make_backend,
+    )  # fmt: skip
+    return engine, libraries
+
+
 @pytest.mark.parametrize("kind", ["llama", "window"])
 def test_graphs_replay_what_was_planned_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of three sequences run in a shape of four rows; tables change under the same graph,
@@ -94,17 +112,7 @@ def test_branches_behind_one_prefix(
         pytest.skip("graphs are of one rank")
     free = ReadCost(1)  # these pages are small beside what their rows cost
     monkeypatch.setattr(flashinfer, "read_cost", lambda *_: free)
-    model = exact_model("llama")
-    libraries: list[FakeFlashInfer] = []
-
-    def make_backend() -> FlashInferBackend:
-        libraries.append(FakeFlashInfer())
-        return FlashInferBackend(libraries[-1], TorchBackend(), torch.device("cpu"))
-
-    engine = ThreadEngine(
-        model.config, model.arena(1, ops="torch"), sp=sp, page_size=16, pages_per_rank=PAGES,
-        hosts=hosts, ops=choose_ops("torch"), make_backend=make_backend,
-    )  # fmt: skip
+    engine, libraries = make_engine("llama", sp, hosts)
     recorder = Graphs(libraries[0])
     if graphs:
         engine.runners[0]._graphs._recorder = recorder
@@ -173,17 +181,7 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize(("kind", "sp", "decode", "strategy", "hosts"), CASES)
 def test_exact(kind: str, sp: int, decode: str, strategy: str, hosts: tuple[int, ...]) -> None:
-    model = exact_model(kind)
-    libraries: list[FakeFlashInfer] = []
-
-    def make_backend() -> FlashInferBackend:
-        libraries.append(FakeFlashInfer())
-        return FlashInferBackend(libraries[-1], TorchBackend(), torch.device("cpu"))
-
-    engine = ThreadEngine(
-        model.config, model.arena(1, ops="torch"), sp=sp, page_size=16, pages_per_rank=PAGES,
-        hosts=hosts, ops=choose_ops("torch"), make_backend=make_backend,
-    )  # fmt: skip
+    engine, libraries = make_engine(kind, sp, hosts)
     shape = Shape(sp, 16, PAGES, chunk=64, decode=decode, strategy=strategy, overlap=False, seed=sp)
     requests = [
         Request(prompt(151)),
@@ -197,4 +195,4 @@ def test_exact(kind: str, sp: int, decode: str, strategy: str, hosts: tuple[int,
         engine.close()
     for library in libraries:
         # The same tables serve all layers: with two layers, each plan is run twice at least.
-        assert len(library.plans) * model.config.num_layers <= len(library.runs)
+        assert len(library.plans) * exact_model(kind).config.num_layers <= len(library.runs)
