@@ -147,18 +147,15 @@ def check_fork_and_join() -> Any:
 
 def check_forks_share_their_prefix() -> None:
     @sgl.function
-    def shared(s, day):
-        s += f"On day {day} the weather was fine and the streets were quiet. " * 40
+    def shared(s):
+        s += "The weather was fine and the streets were quiet. " * 40
         forks = s.fork(3)
         for i, fork in enumerate(forks):
             fork += f"Number {i}:" + sgl.gen("more", max_tokens=2)
         s["cached"] = [fork.get_meta_info("more")["cached_tokens"] for fork in forks]
 
-    # One of them may be the first to compute it, and on a busy machine two at once: a few attempts.
-    seen = []
-    while len(seen) < 5 and not (seen and min(seen[-1][1:]) > 200):
-        seen.append(sorted(shared.run(day=len(seen))["cached"]))
-    assert min(seen[-1][1:]) > 200, seen
+    cached = sorted(shared.run()["cached"])  # one of them may be the first to compute it
+    assert all(count > 200 for count in cached[1:]), cached
 
 
 def check_constraints() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -38,6 +39,26 @@ def test_a_long_prompt_is_answered_and_cached(server: EchoHttp) -> None:
     assert cold["output_ids"] and cold["output_ids"] == warm["output_ids"]
     assert cold["meta_info"]["cached_tokens"] == 0
     assert warm["meta_info"]["cached_tokens"] > 500
+
+
+def test_forks_that_arrive_at_once_compute_their_document_once(server: EchoHttp) -> None:
+    document, ask = "On the second day it rained and the streets were empty. " * 100, 6
+    with ThreadPoolExecutor(ask) as pool:
+        texts = [f"{document} Question {k}: why?" for k in range(ask)]
+        answers = list(pool.map(lambda text: generate(server, text)["meta_info"], texts))
+    cached = sorted(answer["cached_tokens"] for answer in answers)
+    assert cached[0] == 0
+    assert min(cached[1:]) == max(cached) > 1000
+    assert answers[0]["prompt_tokens"] - max(cached) < 100  # all but the question, in whole pages
+
+
+def test_samples_of_one_prompt_compute_it_once(server: EchoHttp) -> None:
+    text = "On the third day the sun came out and people sat outside. " * 100
+    body = {"text": text, "sampling_params": {"max_new_tokens": 1, "n": 4}}
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    cached = sorted(sample["meta_info"]["cached_tokens"] for sample in answer.json())
+    assert cached[0] == 0 and min(cached[1:]) == max(cached) > 1000
 
 
 def test_vectors_do_not_depend_on_the_cache_and_run_beside_streams(server: EchoHttp) -> None:

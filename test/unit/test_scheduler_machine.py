@@ -84,6 +84,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             min_new_tokens=min(min_new, n),
         )
 
+    @rule(prefix=st.sampled_from(PREFIXES), count=st.integers(2, 5), n=st.integers(0, 3))
+    def fork(self, prefix, count, n):
+        """Requests that arrive together behind one prefix, among whatever there is."""
+        for k in range(count):
+            self.server.add([*prefix, 4 + k], n)
+
+    @precondition(lambda self: self.server.scheduler.idle)
+    @rule(prefix=st.lists(st.integers(4, 8), min_size=8, max_size=12), count=st.integers(2, 3))
+    def fork_alone(self, prefix, count):
+        """Where nothing is retracted, evicted or aborted, their prefix is computed once."""
+        self.server.scheduler.flush()
+        rids = [self.server.add([*prefix, 4 + k], 1) for k in range(count)]
+        while not self.server.scheduler.idle:
+            self.server.turn()
+        whole = len(prefix) - len(prefix) % self.server.page_size
+        cached = [self.server.finals[rid].cached_tokens for rid in rids]
+        assert cached == [0] + [whole] * (count - 1)
+
     @rule(data=st.data())
     def abort(self, data):
         rids = [*self.server.requests, "unknown"]
@@ -110,6 +128,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def sound(self):
         self.server.scheduler.check()
+
+    @precondition(lambda self: hasattr(self, "server"))
+    @invariant()
+    def nobody_waits_for_the_dead(self):
+        """Where nothing runs, no wait for a run goes on."""
+        scheduler = self.server.scheduler
+        if not scheduler._runs.live and not scheduler._runs.draining:
+            assert all(s.awaited is None or s.awaited.over for s in scheduler._queue)
 
     def teardown(self):
         if hasattr(self, "server"):

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from sps_runtime.scheduler.budget import promised_pages, reserved_pages
 from sps_runtime.scheduler.chunking import chunk_limit
+from sps_runtime.scheduler.figures import Figures
 from sps_runtime.scheduler.policies.view import View
+from sps_runtime.scheduler.prefix_waits import PrefixWaits
 from sps_runtime.scheduler.queue import WaitingQueue
 from sps_runtime.scheduler.runs import Runs, cached_prefix
 from sps_runtime.scheduler.sequence import Run, Sequence
-
-MOST_SKIPPED = 16
-"""Requests passed over in one turn because their prefix is under way; more would cost time."""
 
 
 class Admission:
     """Starts runs while prompts are wanted and their pages can be promised.
 
     Admission is late on purpose: a request is matched against the cache only when a step can take
-    it, and one that shares a long prefix with a prompt being computed waits for that prefix.
+    it, and one that shares a prefix with a prompt being computed waits for that prefix, while
+    those behind it go on (`prefix_waits`).
     """
 
-    def __init__(self, view: View, queue: WaitingQueue, runs: Runs) -> None:
+    def __init__(self, view: View, queue: WaitingQueue, runs: Runs, figures: Figures) -> None:
         self._view = view
         self._queue = queue
         self._runs = runs
+        self._waits = PrefixWaits(view, figures)
         self._refused: tuple[Sequence, int] | None = None
 
     def admit(self) -> list[Run]:
@@ -31,17 +32,18 @@ class Admission:
         admitted: list[Run] = []
         if not self._queue or not self._may_start() or self._still_refused():
             return admitted
-        skipped = 0
+        writing = self._runs.writing()
         for sequence in self._queue.ordered(self._matched):
-            if skipped > MOST_SKIPPED or not self._may_start():
-                break
-            if self._prefix_under_way(sequence):
-                skipped += 1
+            if self._waits.keep(sequence, writing):
                 continue
             if not self._fits(sequence):
                 break
             self._queue.take(sequence)
-            admitted.append(self._runs.start(sequence))
+            run = self._runs.start(sequence)
+            admitted.append(run)
+            writing.append(run)
+            if not self._may_start():
+                break
         return admitted
 
     def _may_start(self) -> bool:
@@ -62,23 +64,6 @@ class Admission:
     def _matched(self, sequence: Sequence) -> int:
         return len(cached_prefix(self._view.cache, sequence).pages)
 
-    def _prefix_under_way(self, sequence: Sequence) -> bool:
-        """Whether a prompt being computed will soon give this one half of what it lacks."""
-        cache, size = self._view.cache, self._view.cache_config.page_size
-        if not cache.enabled:
-            return False
-        matched = self._matched(sequence) * size
-        worth = sequence.aligned(matched + max(size, (len(sequence.tokens) - matched) // 2))
-        if not matched < worth <= sequence.match_limit:
-            return False
-        return any(
-            run.acked < worth <= min(run.target, run.sequence.commit_limit)
-            and run.sequence.namespace == sequence.namespace
-            and run.sequence.tokens[:size] == sequence.tokens[:size]
-            and run.sequence.tokens[:worth] == sequence.tokens[:worth]
-            for run in self._runs.live.values()
-        )
-
     def _fits(self, sequence: Sequence) -> bool:
         """Whether the pool can keep its promises to all runs and this one.
 
@@ -95,10 +80,11 @@ class Admission:
         return fits
 
     def _still_refused(self) -> bool:
-        """Whether the request refused last waits on, with no more pages than then."""
+        """Whether the request refused last waits on for pages, with no more of them than then."""
         if self._refused is None or self._alone or self._refused[0] not in self._queue:
             return False
-        return self._spare() <= self._refused[1]
+        sequence, spare = self._refused
+        return sequence.awaited is None and self._spare() <= spare
 
     @property
     def _alone(self) -> bool:

@@ -19,6 +19,7 @@ class Figures:
     generated_tokens_total: int = 0
     retractions_total: int = 0
     aborts_total: int = 0
+    prefix_waits_total: int = 0
     sent_bytes_total: int = 0
     physical_bytes_total: int = 0
     linear_bytes_total: int = 0

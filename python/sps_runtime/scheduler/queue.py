@@ -42,6 +42,11 @@ class WaitingQueue:
     def full(self) -> bool:
         return len(self._waiting) >= self._bound
 
+    @property
+    def awaiting(self) -> int:
+        """How many wait for a prefix that a run computes."""
+        return sum(s.awaited is not None and not s.awaited.over for s in self._waiting)
+
     def push(self, sequence: Sequence) -> None:
         """Put a sequence at its place by arrival."""
         self._arrivals.add(sequence.arrival)

@@ -34,6 +34,11 @@ class Runs:
         """Whether no board slot is free."""
         return not self._free_slots
 
+    def writing(self) -> list[Run]:
+        """Runs, ended ones too, whose plans will still give pages of known tokens to the tree."""
+        runs = (*self.live.values(), *self.draining.values())
+        return [run for run in runs if run.acked < run.will_cache]
+
     def newest(self) -> Run:
         """The live run that arrived last: the first to be retracted."""
         return max(self.live.values(), key=lambda run: run.sequence.arrival)

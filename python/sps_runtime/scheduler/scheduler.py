@@ -112,12 +112,12 @@ class Scheduler:
         if bursts and config.overlap and parallel.nnodes == 1:
             self._view.burst = config.max_burst_steps
         self._queue = WaitingQueue(config.schedule_policy, config.max_queued_requests)
-        self._admission = Admission(self._view, self._queue, self._runs)
+        self._figures = Figures()
+        self._admission = Admission(self._view, self._queue, self._runs, self._figures)
         self._pipeline = Pipeline(self._cache, parallel.tp_size, config.max_steps_in_flight)
         self._planner = Planner(self._view)
         self._policy = make_policy(config.policy)
         self._sparse_rules = sparse_rules(self._view, no_sparse)
-        self._figures = Figures()
         self._sequences: dict[str, Sequence] = {}
         self._run_of: dict[str, Run] = {}
         self._arrivals = 0
@@ -296,6 +296,7 @@ class Scheduler:
                 self._figures.prompt_tokens_total += sequence.prompt_len
                 self._figures.cached_tokens_total += run.sent
         self._view.waiting = len(self._queue)
+        self._view.awaiting = self._queue.awaiting
 
     def _next_step(self) -> Step | None:
         """The step whose turn it is, with its pages; None when nothing can go now."""

@@ -28,6 +28,8 @@ class Sequence:
         stop_ids: ids that end it.
         cached: prompt tokens found in the cache when it first ran.
         overtaken: how many later requests were admitted before it.
+        awaited: the run whose pages it waits for before it is admitted; None when it does not.
+        awaits: how many times it began to wait so.
         sparsity: what became of its wish for csa; None for a request that asked for exact.
     """
 
@@ -43,6 +45,8 @@ class Sequence:
     first_run: bool = True
     retractions: int = 0
     overtaken: int = 0
+    awaited: PrefixWait | None = None
+    awaits: int = 0
     prompt_logprobs_due: bool = False
     sparsity: Sparsity | None = None
 
@@ -198,10 +202,31 @@ class Run:
         return self.sent < self.target
 
     @property
+    def will_cache(self) -> int:
+        """Known tokens below it will be in the radix tree when the plans that write them are
+        answered: all of its prompt, and of a run that has ended what it has in plans sent."""
+        if self.live:
+            return min(self.target, self.sequence.commit_limit)
+        return min(self.sent, self.known)
+
+    @property
     def decodes(self) -> bool:
         """Whether there is a token to compute after the prefill."""
         sequence = self.sequence
         return self.sent >= self.target and sequence.generated + self.unknown < sequence.max_new
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixWait:
+    """A request's wait for the pages of a run: until positions below `until` are cached."""
+
+    run: Run
+    until: int
+
+    @property
+    def over(self) -> bool:
+        """Whether the pages are in the tree, or will never be this run's work."""
+        return not self.run.acked < self.until <= self.run.will_cache
 
 
 def new_sequence(

@@ -175,6 +175,7 @@ class EngineMetrics(Collector):
         state = self._state
         values = (
             ("sglang:num_retracted_requests", "requests put back", state.retractions_total),
+            ("sps:prefix_waits", "requests kept for a prefix", state.prefix_waits_total),
             ("sps:steps", "plans executed", state.steps_total),
             ("sps:attention_bytes", "attention, by non-owners", state.sent_bytes_total),
             ("sps:physical_bytes", "attention, really copied", state.physical_bytes_total),

@@ -144,6 +144,7 @@ class EngineState(msgspec.Struct, frozen=True, tag="engine_state"):
     generated_tokens_total: int = 0
     retractions_total: int = 0
     aborts_total: int = 0
+    prefix_waits_total: int = 0
     sent_bytes_total: int = 0
     physical_bytes_total: int = 0
     linear_bytes_total: int = 0

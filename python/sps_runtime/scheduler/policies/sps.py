@@ -23,7 +23,9 @@ class Sps:
         T_d * (rounds + 1) / 2
 
     With n = 1 that is the fastest degree; with many it is the most efficient one, and short
-    prompts, whose T_d hardly falls with d, go to single ranks beside others' long ones.
+    prompts, whose T_d hardly falls with d, go to single ranks beside others' long ones. Requests
+    that wait for a running prompt's prefix are not counted: the sooner it is computed, the better
+    for all of them.
 
     Long prompts of one group are served one after the other, which ends each as early as it can;
     prompts that end within the step are packed beside them. While requests decode on a group's
@@ -109,7 +111,7 @@ class Sps:
         if sp_size == 1:
             return 1
         prefilling = sum(other.prefilling for other in view.runs.values())
-        alike = max(1, min(MOST_WAITING, prefilling + view.waiting))
+        alike = max(1, min(MOST_WAITING, prefilling + view.waiting - view.awaiting))
         tokens = run.target - run.sent
 
         def mean_time(degree: int) -> float:

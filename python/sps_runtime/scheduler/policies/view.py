@@ -49,6 +49,7 @@ class View:
     Attributes:
         runs: live runs by handle, in order of admission.
         waiting: how many requests wait for admission.
+        awaiting: how many of those wait for a prefix that a run computes.
         burst: most steps of a burst; 1 where there are none.
     """
 
@@ -59,6 +60,7 @@ class View:
     cache: PrefixCache
     runs: dict[int, Run] = field(default_factory=dict)
     waiting: int = 0
+    awaiting: int = 0
     burst: int = 1
 
     @property
