@@ -11,9 +11,7 @@ import torch
 
 from sps_runtime.attention.page_reads import ranges
 from sps_runtime.attention.shard_layout import Ints, Runs, ShardLayout
-from sps_runtime.sparse.estimators.registry import estimator
 from sps_runtime.sparse.operators import Chosen, QueryBlocks
-from sps_runtime.sparse.torch_operators import IN_BLOB
 from sps_runtime.types.attention import SparseSettings
 
 Mask = npt.NDArray[np.bool_]
@@ -125,13 +123,6 @@ def wanted_pages(layout: ShardLayout, blocks: SparseBlocks, chosen: Chosen, kv_h
     wanted = np.zeros((len(layout.pages.ids), kv_heads), dtype=np.bool_)
     wanted[page, head] = True
     return wanted
-
-
-def reads_everything(settings: SparseSettings) -> bool:
-    """Whether all pages before a block are read to decide what it reads: an audit weighs them, or
-    the estimator has no use for summaries."""
-    found = estimator(settings.estimator)
-    return settings.max_tau < 1 or not found.needs <= IN_BLOB or hasattr(found, "probed")
 
 
 def summaries_due(layout: ShardLayout, need: Mask) -> Mask:

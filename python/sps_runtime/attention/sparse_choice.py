@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, Partial
 from sps_runtime.attention.shard_layout import Ints, ShardLayout
-from sps_runtime.attention.sparse_blocks import SparseBlocks
+from sps_runtime.attention.sparse_blocks import Mask, SparseBlocks
 from sps_runtime.sparse.operators import Chosen, QueryBlocks
 
 
@@ -29,6 +30,27 @@ def take_blocks(queries: QueryBlocks, blocks: Ints) -> QueryBlocks:
     taken = queries.blocks[torch.from_numpy(blocks)].contiguous()
     numbers, taken[:, 3] = torch.unique(taken[:, 3], return_inverse=True)
     return QueryBlocks(taken, queries.page_ids, len(numbers))
+
+
+def kept_pages(lists: PageLists, kept: Mask) -> PageLists:
+    """The same lists without those of their `page_ids` that are not `kept`."""
+    items = lists.items.clone()
+    items[:, 3:5] = kept_spans(items[:, 3:5], kept)
+    some = torch.from_numpy(kept)
+    return replace(
+        lists,
+        items=items,
+        page_ids=lists.page_ids[some],
+        page_positions=lists.page_positions[some],
+    )
+
+
+def kept_spans(spans: Tensor, kept: Mask) -> Tensor:
+    """First and number of entries ``[n, 2]`` once only those that are kept are left."""
+    left = np.concatenate(([0], np.cumsum(kept)))
+    begin, count = spans.numpy().T
+    first = left[begin]
+    return torch.from_numpy(np.stack((first, left[begin + count] - first), 1).astype(np.int32))
 
 
 def all_pages(layout: ShardLayout, blocks: SparseBlocks, kv_heads: int) -> Chosen:

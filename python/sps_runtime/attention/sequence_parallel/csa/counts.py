@@ -53,12 +53,12 @@ class SparseCounts:
         self._sums["remote"] += self._remote_pages * self._kv_heads
         self._receive(self._new_summaries[:, None], self._kv_heads * self._summary_bytes)
 
-    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, audited: Mask) -> None:
+    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, read: Mask) -> None:
         """Count a choice.
 
         Args:
-            wanted, audited: ``[pages of the layout's table, kv_heads]`` that attention read, and
-                that an audit did (which reads what attention has read already at no cost).
+            wanted: ``[pages of the layout's table, kv_heads]`` that attention read.
+            read: that attention or an audit read, from here or fetched.
         """
         page_size = self._step.layout.page_size
         for name, count in zip(
@@ -67,7 +67,7 @@ class SparseCounts:
             np.add.at(self._sums[name], blocks.sequences, count)
         fetched = self._by_sequence((wanted & self._remote[:, None]).sum(1))
         self._sums["fetched"] += fetched
-        self._receive((audited | wanted) & self._remote[:, None], self._page_bytes)
+        self._receive(read & self._remote[:, None], self._page_bytes)
 
     def fall_back(self, sequences: Sequence[int]) -> None:
         """Superblocks and heads of these sequences, one each, read all their pages."""
@@ -76,6 +76,18 @@ class SparseCounts:
     def route(self, sequence: int, nbytes: int) -> None:
         """Bytes that an exchange of the group sent for a sequence, and counted as traffic."""
         self._sums["bytes"][sequence] += nbytes
+
+    def ask(self, places: Ints) -> None:
+        """Count a question about pages at `places` of the layout's table, ascending: a bit for each
+        KV head (`far_pages.pack_bits`)."""
+        of = np.searchsorted(self._first, places, side="right") - 1
+        bits = np.bincount(of, minlength=len(self._first) - 1) * self._kv_heads
+        self._sums["bytes"] += np.diff(-(-np.cumsum(bits) // 8), prepend=0)
+
+    def weigh(self, sequences: Ints, nbytes: int) -> None:
+        """Count audited rows that owners weighed, each of so many bytes there and back."""
+        rows = np.bincount(sequences, minlength=len(self._first) - 1)
+        self._sums["bytes"] += rows * nbytes
 
     def read_in_place(self, sequence: int, pages: int) -> None:
         """Pages of one KV head that an audit read on ranks outside of the group."""
@@ -125,20 +137,20 @@ class BlockCounts:
     """The counts of one block of a step's rows, whose page table is the beginning of the step's.
 
     Args:
-        counted: ``[pages of the step's table, kv_heads]`` that other blocks have read in this
-            layer: they cross once.
+        counted: ``[2, pages of the step's table, kv_heads]`` that other blocks have wanted, and
+            have read, in this layer: they cross once.
     """
 
     def __init__(self, counts: SparseCounts, counted: Mask) -> None:
         self._counts, self._counted = counts, counted
 
-    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, audited: Mask) -> None:
+    def add(self, blocks: SparseBlocks, chosen: Chosen, wanted: Mask, read: Mask) -> None:
         """As `SparseCounts.add`."""
-        fresh = [~self._counted.copy() for _ in range(2)]
-        for mask, part in zip(fresh, (wanted, audited), strict=True):
-            mask[: len(part)] &= part
-            mask[len(part) :] = False
-            self._counted[: len(part)] |= part
+        before = self._counted[:, : len(wanted)]
+        masks = np.stack((wanted, read))
+        fresh = np.zeros_like(self._counted)
+        fresh[:, : len(wanted)] = masks & ~before
+        before |= masks
         self._counts.add(blocks, chosen, *fresh)
 
     def fall_back(self, sequences: Sequence[int]) -> None:

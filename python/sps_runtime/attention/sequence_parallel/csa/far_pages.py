@@ -156,16 +156,20 @@ class FarPages:
 
 
 class FarExchange:
-    """`FarPages` for a step in one piece: collective calls, once a layer each."""
+    """`FarPages` for a step in one piece, layer by layer: collective calls."""
 
     def __init__(self, far: FarPages) -> None:
         self._far, self._step = far, far.step
         size, me = self._step.size, self._step.me
         self._from = [far.index(owner, me) for owner in range(size)]
         self._to = [far.index(me, reader) for reader in range(size)]
+        self._here = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
+        self._mirror: Mirror | None = None
 
-    def summaries(self, layer: int) -> None:
-        """Every member's mirrors know the new pages that its rows see."""
+    def begin(self, layer: int) -> None:
+        """Every member's mirrors know the new pages that its rows see; no page has come yet."""
+        self._mirror = Mirror(self._step, layer)
+        self._here[:] = False
         far = self._far
         size, me = self._step.size, self._step.me
         wanted = [far.due(owner, me) for owner in range(size)]
@@ -175,27 +179,47 @@ class FarExchange:
         for owner, (index, came) in enumerate(zip(wanted, recv, strict=True)):
             far.keep_summaries(layer, owner, index, came)
 
-    def fetch(self, layer: int, wanted: Mask) -> tuple[PagePool, int]:
-        """The pools of a layer with the pages that this rank wants, and the bytes of its
-        questions."""
+    @property
+    def pool(self) -> PagePool:
+        """The layer's pages, those of other hosts as far as they have been fetched."""
+        assert self._mirror is not None
+        return self._mirror.pool
+
+    def fetch(self, layer: int, wanted: Mask, of: Mask) -> list[Ints]:
+        """Bring what this rank wants and has not got.
+
+        Args:
+            wanted: ``[pages of the layout's table, kv_heads]``.
+            of: pages of the table that members may ask for, as all of them know.
+
+        Returns:
+            Of each member, places of the pages that it was asked about.
+        """
         far, step = self._far, self._step
-        questions = [pack_bits(wanted, index) for index in self._from]
-        came = [bits_room(len(index), far.kv_heads) for index in self._to]
-        self._swap(questions, came)
+        fresh = wanted & ~self._here
+        self._here |= wanted
+        places = [index[of[index]] for index in self._from]
+        theirs = [index[of[index]] for index in self._to]
+        came = [bits_room(len(index), far.kv_heads) for index in theirs]
+        self._swap([pack_bits(fresh, index) for index in places], came)
         asked = []
-        for bits, index in zip(came, self._to, strict=True):
+        for bits, index in zip(came, theirs, strict=True):
             mask = np.zeros_like(wanted)
             unpack_bits(bits, mask, index)
             asked.append(Units(step, mask, index))
-        mine = [Units(step, wanted, index) for index in self._from]
-        mirror, own = Mirror(step, layer), step.context.store.own
-        pools = [far.owner_pool(mirror, owner) for owner in range(step.size)]
+        self._bring(layer, [Units(step, fresh, index) for index in places], asked)
+        return places
+
+    def _bring(self, layer: int, mine: Sequence[Units], asked: Sequence[Units]) -> None:
+        """Keys, then values."""
+        far, own, mirror = self._far, self._step.context.store.own, self._mirror
+        assert mirror is not None
+        pools = [far.owner_pool(mirror, owner) for owner in range(self._step.size)]
         for side, source in enumerate((own.k[layer], own.v[layer])):
             recv = [units.room(source) for units in mine]
             self._swap([units.take(source) for units in asked], recv)
             for units, part, pool in zip(mine, recv, pools, strict=True):
                 units.put(part, pool[side])
-        return mirror.pool, sum(0 if bits is None else bits.nbytes for bits in questions)
 
     def _swap(self, send: Sequence[Tensor | None], recv: Sequence[Tensor | None]) -> None:
         nothing = torch.empty(0, dtype=torch.uint8)

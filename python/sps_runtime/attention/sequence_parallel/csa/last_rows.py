@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.sequence_parallel.step import StepState
-from sps_runtime.attention.shard_layout import Ints
+from sps_runtime.attention.sparse_choice import kept_spans
 from sps_runtime.sparse.operators import Chosen, QueryBlocks
 from sps_runtime.types.attention import SparseSettings
 
@@ -53,8 +53,8 @@ class LastRows:
             return chosen
         kept = self._reads[chosen.page_ids.numpy() // self._slots]
         gone = self._reads[chosen.dropped_ids.numpy() // self._slots]
-        items[:, 3:5] = _spans(items[:, 3:5], kept)
-        chosen.dropped[:] = _spans(chosen.dropped, gone)
+        items[:, 3:5] = kept_spans(items[:, 3:5], kept)
+        chosen.dropped[:] = kept_spans(chosen.dropped, gone)
         keep = torch.from_numpy(kept)
         return replace(
             chosen,
@@ -62,11 +62,3 @@ class LastRows:
             page_positions=chosen.page_positions[keep],
             dropped_ids=chosen.dropped_ids[torch.from_numpy(gone)],
         )
-
-
-def _spans(spans: Tensor, kept: Ints) -> Tensor:
-    """First and number of entries once only those that are kept are left."""
-    left = np.concatenate(([0], np.cumsum(kept)))
-    begin, count = spans.numpy().T
-    first = left[begin]
-    return torch.from_numpy(np.stack((first, left[begin + count] - first), 1).astype(np.int32))

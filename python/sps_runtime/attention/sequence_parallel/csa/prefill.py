@@ -17,16 +17,19 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import needed
+from sps_runtime.attention.sequence_parallel.csa.bound import hold
 from sps_runtime.attention.sequence_parallel.csa.counts import SparseCounts
 from sps_runtime.attention.sequence_parallel.csa.far_pages import FarExchange, FarPages
+from sps_runtime.attention.sequence_parallel.csa.far_weights import FarWeights
 from sps_runtime.attention.sequence_parallel.csa.measure import SparseMeasure
 from sps_runtime.attention.sequence_parallel.csa.new_summaries import NewSummaries
 from sps_runtime.attention.sequence_parallel.csa.rows import SparseRows
 from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, KVReads
 from sps_runtime.attention.sequence_parallel.step import StepState
+from sps_runtime.attention.sparse_audit import held_pages, reads_everything
 from sps_runtime.attention.sparse_blocks import (
+    Mask,
     alone_pages,
-    reads_everything,
     sparse_blocks,
     split_runs,
 )
@@ -59,6 +62,8 @@ class SparsePassKV:
         self._waits = step.neighbours(need)
         self._counts = SparseCounts(step, need, alone_pages(layout, self._exact[step.me]))
         self._measure = SparseMeasure(step, self._counts, found)
+        self._weights = FarWeights(step, self._counts, found) if step.crosses_hosts else None
+        self._held = held_pages(layout)
         self._reads: dict[int | None, KVReads] = {}
 
     def counters(self) -> tuple[SparseCounters, ...]:
@@ -97,38 +102,51 @@ class SparsePassKV:
     def _sparse_rows(self, layer: int, q_THD: Tensor, scale: float) -> list[Partial]:
         """What rows that choose have read; a collective call between hosts."""
         if self._far is not None:
-            self._far.summaries(layer)
-        parts = [
-            SparseRows(
-                self._step,
-                self._operators,
-                self._counts,
-                self._measure,
-                layer,
-                q_THD,
-                blocks,
-                scale,
-            )
-            for blocks in self._blocks
-        ]
+            self._far.begin(layer)
+        means = self._step, self._operators, self._counts, self._measure
+        parts = [SparseRows(*means, layer, q_THD, blocks, scale) for blocks in self._blocks]
+        if self._weights is not None:
+            self._weights.send(parts, q_THD)
         if self._far is not None:
-            self._fetch(layer, parts, self._far)
+            self._fetch(layer, self._chosen(parts), np.ones_like(self._held))
+        pool = self._step.context.pages(layer) if self._far is None else self._far.pool
+        for part in parts:
+            part.attend(pool)
+        if self._weights is not None:
+            self._weights.add(layer, parts, scale)
+        self._hold(layer, parts)
         return [partial for part in parts for partial in part.partials()]
 
-    def _fetch(self, layer: int, parts: Sequence[SparseRows], far: FarExchange) -> None:
-        """Bring what the rows choose. Where a bound is held or keys themselves are asked, all that
-        they may see: an audit reads it in any case."""
-        wanted = np.zeros((len(self._everything), self._step.context.store.shape.kv_heads), bool)
-        whole = any(reads_everything(blocks.settings) for blocks in self._blocks)
-        if whole:
+    def _chosen(self, parts: Sequence[SparseRows]) -> Mask:
+        """What the rows choose; where keys themselves are asked, all that they may see."""
+        wanted = self._nothing()
+        if any(reads_everything(blocks.settings) for blocks in self._blocks):
             wanted |= self._everything
-        elif parts:
-            wanted |= np.logical_or.reduce([part.choose() for part in parts])
-        pool, asked = far.fetch(layer, wanted)
-        if parts:
-            self._counts.route(int(self._blocks[0].sequences[0]), asked)
-        for part in parts:
-            part.read(pool)
+        else:
+            for part in parts:
+                wanted |= part.choose()
+        return wanted
+
+    def _hold(self, layer: int, parts: Sequence[SparseRows]) -> None:
+        """Where something is bounded, widen what loses too much; a collective call between hosts,
+        for as many times as all members know."""
+
+        def bring(wanted: Mask) -> None:
+            if self._held.any():
+                self._fetch(layer, wanted, self._held)
+
+        bounds = [part.bound for part in parts if part.bound is not None]
+        hold(bounds, self._nothing(), bring)
+
+    def _fetch(self, layer: int, wanted: Mask, of: Mask) -> None:
+        """Bring what is wanted of some pages from other hosts."""
+        if self._far is not None:
+            for places in self._far.fetch(layer, wanted, of):
+                self._counts.ask(places)
+
+    def _nothing(self) -> Mask:
+        kv_heads = self._step.context.store.shape.kv_heads
+        return np.zeros((len(self._held), kv_heads), dtype=np.bool_)
 
     def _exact_rows(
         self, layer: int, q_THD: Tensor, kv_heads: int, scale: float, window: int | None

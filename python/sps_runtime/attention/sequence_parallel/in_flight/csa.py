@@ -8,6 +8,7 @@ its own for each block that may ask, at no block's turn.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.page_reads import Mask, cut_pieces, needed, query_runs
+from sps_runtime.attention.sequence_parallel.csa.bound import hold
 from sps_runtime.attention.sequence_parallel.csa.counts import BlockCounts, SparseCounts
 from sps_runtime.attention.sequence_parallel.csa.far_pages import FarPages, Mirror, Units, pack_bits
 from sps_runtime.attention.sequence_parallel.csa.measure import SparseMeasure
@@ -25,20 +27,21 @@ from sps_runtime.attention.sequence_parallel.csa.new_summaries import NewSummari
 from sps_runtime.attention.sequence_parallel.csa.rows import SparseRows
 from sps_runtime.attention.sequence_parallel.in_flight.far_answers import (
     KEYS,
-    QUESTION,
+    QUESTIONS,
     SUMMARIES,
     VALUES,
     Answer,
     Clerk,
     Coming,
 )
+from sps_runtime.attention.sequence_parallel.in_flight.far_weights import FlyingWeights
 from sps_runtime.attention.sequence_parallel.in_flight.flight import HURRY, LEAD, OLD, Flight, Turn
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints, Runs
+from sps_runtime.attention.sparse_audit import asks_owners, reads_everything
 from sps_runtime.attention.sparse_blocks import (
     SparseBlocks,
     alone_pages,
-    reads_everything,
     sparse_blocks,
     split_runs,
     summaries_due,
@@ -52,7 +55,7 @@ class _Layer:
 
     Attributes:
         asked: ``[pages, kv_heads]`` that some block has asked for.
-        counted: ``[pages, kv_heads]`` that some block has read.
+        counted: of `BlockCounts`.
         answers: to what blocks asked.
         done: blocks that are done with the layer.
     """
@@ -112,23 +115,18 @@ class FlyingCsa:
         self._measure = SparseMeasure(step, self._counts, found)
         self._layers: dict[int, _Layer] = {}
         self._old_sent: set[int] = set()
-        self._clerks = [
-            threading.Thread(
-                target=Clerk(flight, self._far, reader, block, index).serve,
-                name=f"answers-{reader}-{block}",
-                daemon=True,
-            )
-            for reader in range(size)
-            for block in range(len(flight.plans))
-            if len(index := self._askable(me, reader, block))
-        ]
+        settings = layout.sparse[0]
+        assert settings is not None
+        self._whole, self._held = reads_everything(settings), asks_owners(settings)
+        self._weights = FlyingWeights(flight, self._counts)
+        self._clerks: list[threading.Thread] = []
         self._late: list[tuple[int, Coming]] = []
         self._started = False
 
     def finish(self) -> None:
         """Wait until every question of other hosts has been answered, and for summaries that no
         block has asked for."""
-        for clerk in self._clerks if self._started else ():
+        for clerk in self._clerks:
             clerk.join()
         for layer, coming in self._late:  # later steps count on them
             for parcel in coming.pending:
@@ -162,14 +160,18 @@ class FlyingCsa:
         flight.read_in_place(first, layer, mine.members)
         self._learn(block, layer, first, state.summaries)
         rows = [self._rows(block, layer, state, q_THD, part, scale) for part in mine.sparse]
+        coming = [self._weights.ask(block, layer, part.audited_queries()) for part in rows]
         wanted = self._wanted(block, rows)
-        self._ask(block, layer, state, wanted)
+        self._ask(0, block, layer, state, wanted)
         flight.baton.offer((layer, block))
         self._receive(block, layer, state, wanted)
         partials = self._alone(block, layer, state, q_THD, scale)
-        for part in rows:
-            part.read(state.mirror.pool)
-            partials += part.partials()
+        for part, weights in zip(rows, coming, strict=True):
+            part.attend(state.mirror.pool)
+            if weights is not None and part.bound is not None:
+                self._weights.add(block, layer, weights, part.bound)
+        self._hold(block, layer, state, rows)
+        partials += [partial for part in rows for partial in part.partials()]
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         if len(out_THD):
             flight.context.backend.merge(partials, out_THD)
@@ -183,8 +185,7 @@ class FlyingCsa:
     def _visit(self, block: int, layer: int, q_THD: Tensor, scale: float) -> _Layer:
         if not self._started:
             self._started = True
-            for clerk in self._clerks:
-                clerk.start()
+            self._start_clerks(q_THD, scale)
         last = min(layer + LEAD, self._flight.context.store.shape.layers)
         for ahead in range(layer, last):
             if ahead not in self._layers:
@@ -196,6 +197,23 @@ class FlyingCsa:
             self._tell(block, layer, OLD)
         self._tell(block, layer, 1 + block)
         return self._layers[layer]
+
+    def _start_clerks(self, q_THD: Tensor, scale: float) -> None:
+        """A thread for each block of other hosts that may ask for own pages."""
+        flight, blocks = self._flight, len(self._flight.plans)
+        questions = QUESTIONS if self._held else QUESTIONS[:1]
+        for reader, block in itertools.product(range(flight.step.size), range(blocks)):
+            index = self._askable(flight.step.me, reader, block)
+            if not len(index):
+                continue
+            route = self._weights.route(block, flight.step.me, reader)
+            turn = (1 + reader) * blocks + block
+            clerk = Clerk(
+                flight, self._far, reader, block, index, questions, route, turn, q_THD[:0], scale
+            )
+            name = f"answers-{reader}-{block}"
+            self._clerks.append(threading.Thread(target=clerk.serve, name=name, daemon=True))
+            self._clerks[-1].start()
 
     def _tell(self, block: int, layer: int, parcel: int) -> None:
         me, size = self._flight.step.me, self._flight.step.size
@@ -217,7 +235,7 @@ class FlyingCsa:
         asked = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
         mirror = Mirror(flight.step, layer)
         locks = {parcel: threading.Lock() for parcel in coming}
-        return _Layer(mirror, Coming(coming, rooms, locks), asked, asked.copy())
+        return _Layer(mirror, Coming(coming, rooms, locks), asked, np.stack((asked, asked)))
 
     # -- a block's own
 
@@ -267,7 +285,7 @@ class FlyingCsa:
         mine = self._blocks[block]
         far = mine.sees & ~self._flight.step.readable()
         wanted = np.zeros((self._far.table, self._far.kv_heads), dtype=np.bool_)
-        if len(mine.alone) or any(reads_everything(blocks.settings) for blocks in mine.sparse):
+        if len(mine.alone) or self._whole:
             wanted[far] = True
         else:
             for part in rows:
@@ -276,8 +294,23 @@ class FlyingCsa:
         wanted &= far[:, None]
         return wanted
 
-    def _ask(self, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
-        """Ask owners for what no block of this rank has asked for yet."""
+    def _hold(self, block: int, layer: int, state: _Layer, rows: Sequence[SparseRows]) -> None:
+        """Widen what loses too much; where owners expect to be asked for more, ask them."""
+        far = self._blocks[block].sees & ~self._flight.step.readable()
+        numbers = itertools.count(1)
+
+        def bring(wanted: Mask) -> None:
+            if self._held:
+                wanted &= far[:, None]
+                self._ask(next(numbers), block, layer, state, wanted)
+                self._receive(block, layer, state, wanted)
+
+        nothing = np.zeros((self._far.table, self._far.kv_heads), dtype=np.bool_)
+        hold([part.bound for part in rows if part.bound is not None], nothing, bring)
+
+    def _ask(self, number: int, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
+        """Ask owners for what no block of this rank has asked for yet: the block's `number`-th
+        question in the layer."""
         flight = self._flight
         size, me = flight.step.size, flight.step.me
         fresh = wanted & ~state.asked
@@ -291,12 +324,12 @@ class FlyingCsa:
         parts = [[each.room(pool[layer]) for each in units] for pool in (own.k, own.v)]
         pending = [
             flight.post(kind, layer, block, [None] * size, part)
-            for kind, part in zip((KEYS, VALUES), parts, strict=True)
+            for kind, part in zip((KEYS[number], VALUES[number]), parts, strict=True)
         ]
         state.answers.append(Answer(units, parts, pending, fresh))
-        flight.send(block, QUESTION, layer, block, questions)
-        asked = sum(0 if question is None else question.nbytes for question in questions)
-        self._counts.route(0, asked)
+        flight.send(block, QUESTIONS[number], layer, block, questions)
+        for places in index:
+            self._counts.ask(places)
 
     def _receive(self, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
         """Wait for what a block wants, whichever block has asked for it."""
