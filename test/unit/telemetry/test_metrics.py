@@ -34,6 +34,7 @@ def test_engine_state_is_shown_as_it_is() -> None:
         prompt_tokens_total=200,
         cached_tokens_total=50,
         sent_bytes_total=7,
+        prefix_waits_total=4,
     )
     metrics.update(state, now=3.0)
     got = samples(registry)
@@ -42,6 +43,7 @@ def test_engine_state_is_shown_as_it_is() -> None:
     assert got[("sglang:gen_throughput",)] == 50.0
     assert got[("sglang:cache_hit_rate",)] == 0.25
     assert got[("sps:attention_bytes_total",)] == 7
+    assert got[("sps:prefix_waits_total",)] == 4
     assert got[("sps:pool_pages", "0", "cached")] == 3
     assert got[("sps:pool_pages", "1", "free")] == 10
 
