@@ -52,6 +52,19 @@ def test_forks_that_arrive_at_once_compute_their_document_once(server: EchoHttp)
     assert answers[0]["prompt_tokens"] - max(cached) < 100  # all but the question, in whole pages
 
 
+def test_forks_go_on_when_the_client_of_the_first_is_gone(server: EchoHttp) -> None:
+    """It gives up after 0.3 s; whatever was written by then is not computed again."""
+    document = "On the fourth day the wind blew and the shutters banged. " * 600
+    with ThreadPoolExecutor(3) as pool:
+        body = {"text": f"{document} Who?", "sampling_params": GREEDY}
+        pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=0.3)
+        time.sleep(0.15)
+        texts = [f"{document} Question {k}: why?" for k in range(2)]
+        answers = list(pool.map(lambda text: generate(server, text)["meta_info"], texts))
+    most = max(answer["cached_tokens"] for answer in answers)
+    assert answers[0]["prompt_tokens"] - most < 100
+
+
 def test_samples_of_one_prompt_compute_it_once(server: EchoHttp) -> None:
     text = "On the third day the sun came out and people sat outside. " * 100
     body = {"text": text, "sampling_params": {"max_new_tokens": 1, "n": 4}}
