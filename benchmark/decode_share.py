@@ -20,9 +20,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,13 +65,7 @@ def probe(process: subprocess.Popen[str]) -> float:
 
 def answers(server: Server, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[float]]:
     """Arrival times of each stream's tokens."""
-
-    def one(prompt: list[int]) -> list[float]:
-        start = time.perf_counter()
-        return [start + moment for moment in server.stream(prompt, tokens).times]
-
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(one, prompts))
+    return [stream.times for stream in server.streams(prompts, tokens)]
 
 
 def measure(

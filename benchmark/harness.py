@@ -16,9 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from streams import Stream, read_stream, stream_together
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,26 +107,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass
-class Stream:
-    """One streamed generation: arrival times of its tokens, seconds since the request."""
-
-    times: list[float] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ttft(self) -> float:
-        return self.times[0]
-
-    @property
-    def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
-
-
 class Server:
     """`sps_runtime.launch_server` with given flags, as a context manager.
 
@@ -211,18 +192,11 @@ class Server:
             attention: the request's field of that name; the server's default unless told.
             timeout: seconds without a byte.
         """
-        body: dict[str, Any] = {
-            "input_ids": input_ids,
-            "stream": True,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": max_new_tokens,
-                "ignore_eos": True,
-            },
-        }
-        if attention is not None:
-            body["attention"] = attention
-        return self.ask(body, timeout)
+        return self.ask(greedy(input_ids, max_new_tokens, attention), timeout)
+
+    def streams(self, prompts: list[list[int]], max_new_tokens: int) -> list[Stream]:
+        """The same of several prompts at once, by one thread."""
+        return stream_together(self.port, [greedy(ids, max_new_tokens) for ids in prompts])
 
     def ask(self, body: dict[str, Any], timeout: float = 600) -> Stream:
         """Send one streamed request of SGLang's API, and time every token."""
@@ -235,22 +209,20 @@ class Server:
         return result
 
 
-def read_stream(response: http.client.HTTPResponse, start: float) -> Stream:
-    """Read SGLang's event stream; a chunk of several tokens counts its time for each."""
-    result = Stream()
-    if response.status != 200:
-        raise RuntimeError(response.read().decode()[:500])
-    for line in response:
-        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-            continue
-        now = time.perf_counter() - start
-        event = json.loads(line[6:])
-        if "error" in event:
-            raise RuntimeError(str(event["error"]))
-        result.meta = event["meta_info"]
-        fresh = result.meta["completion_tokens"] - len(result.times)
-        result.times.extend([now] * fresh)
-    return result
+def greedy(
+    input_ids: list[int], max_new_tokens: int, attention: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The body of a streamed request of SGLang's API that ends after so many tokens."""
+    body: dict[str, Any] = {
+        "input_ids": input_ids,
+        "stream": True,
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": max_new_tokens,
+            "ignore_eos": True,
+        },
+    }
+    return body if attention is None else {**body, "attention": attention}
 
 
 def tree_pss(pid: int) -> int:

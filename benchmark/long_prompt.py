@@ -18,7 +18,6 @@ from typing import Any
 
 from harness import (
     Server,
-    Stream,
     arguments,
     best_floors,
     floors,
@@ -27,6 +26,7 @@ from harness import (
     report,
 )
 from make_model import SHAPES, make_model
+from streams import Stream
 
 PAGE = 64
 

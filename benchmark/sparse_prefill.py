@@ -28,9 +28,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from harness import Server, Stream, arguments, best_floors, floors, median, report
+from harness import Server, arguments, best_floors, floors, median, report
 from long_prompt import PAGE, flops
 from make_model import SHAPES, make_model
+from streams import Stream
 
 MODEL = "0.5b"
 LENGTHS = (8192, 16384, 32768, 65536)

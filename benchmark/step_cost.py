@@ -14,7 +14,6 @@ import os
 import random
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +109,8 @@ def measure(server: Server, prompts: list[list[int]], answer: int) -> Cost:
     for prompt in prompts:
         server.stream(prompt, 8)
     before, steps = snapshot(server), server.state()["steps_total"]
-    with ThreadPoolExecutor(len(prompts)) as pool:  # its threads are counted while they live
-        streams = list(pool.map(lambda prompt: server.stream(prompt, answer), prompts))
-        counts, steps = snapshot(server), server.state()["steps_total"] - steps
+    streams = server.streams(prompts, answer)
+    counts, steps = snapshot(server), server.state()["steps_total"] - steps
     for key, count in before.items():
         counts[key].add(count, -1)
     rates = [stream.decode_tokens_per_s for stream in streams]

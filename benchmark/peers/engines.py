@@ -126,26 +126,11 @@ class Ours:
         return int(self._server.process.pid)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-        times: Times = [[] for _ in prompts]
-        failed: list[Exception] = []
-        start = time.perf_counter()
-
-        def one(index: int) -> None:
-            late = time.perf_counter() - start
-            try:
-                stream = self._server.stream(list(prompts[index]), new_tokens)
-                times[index] = [late + moment for moment in stream.times]
-            except Exception as error:
-                failed.append(error)
-
-        clients = [threading.Thread(target=one, args=(i,)) for i in range(len(prompts))]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
-        if failed:
-            raise PeerError(f"our server: {failed[0]}")
-        return times
+        try:
+            streams = self._server.streams([list(prompt) for prompt in prompts], new_tokens)
+        except (RuntimeError, OSError) as error:
+            raise PeerError(f"our server: {error}") from error
+        return [stream.times for stream in streams]
 
     def pause(self) -> None:
         """Idle ranks sleep; what they still take is in each row as `other_cpu_s`."""
