@@ -156,7 +156,7 @@ class FlyingCsa:
         flight, mine = self._flight, self._blocks[block]
         state = self._visit(block, layer, q_THD, scale)
         first = (layer - HURRY, block)  # choosing is short, and a wire may wait for the question
-        flight.follow(block, first)
+        flight.follow(block, layer, first)
         flight.read_in_place(first, layer, mine.members)
         self._learn(block, layer, first, state.summaries)
         rows = [self._rows(block, layer, state, q_THD, part, scale) for part in mine.sparse]

@@ -180,15 +180,14 @@ class Flight:
         """Between two operations of a block: let those compute that stand before it."""
         self.baton.offer(self.turns[block])
 
-    def go_on(self, block: int, layer: int) -> None:
-        """Everything that others need has left: let those compute that stand before this block,
-        and wait for the KV of the blocks before it."""
-        self.baton.offer((layer, block))
-        self.follow(block, (layer, block))
+    def go_on(self, block: int, layer: int, turn: Turn) -> None:
+        """Everything that others need has left: let those compute that stand before this turn, and
+        wait for the KV of the blocks before it."""
+        self.baton.offer(turn)
+        self.follow(block, layer, turn)
 
-    def follow(self, block: int, turn: Turn) -> None:
-        """Wait for the KV of the blocks before one, at its turn's layer."""
-        layer = turn[0] % HURRY
+    def follow(self, block: int, layer: int, turn: Turn) -> None:
+        """Wait for a layer's KV of the blocks before one."""
         earlier = [other for other in self.blocks if other < block]
         self._wait_for(turn, lambda: all(self._written[other] >= layer for other in earlier))
 
@@ -223,11 +222,11 @@ class Flight:
         pending = self.post(kind, layer, number, messages, [None] * self.step.size)
         self._sends.setdefault(layer, []).append(pending)
         for old in [known for known in self._sends if known < layer - LEAD]:
-            self.wait(block, layer, self._sends.pop(old))
+            self.wait((layer, block), self._sends.pop(old))
 
-    def wait(self, block: int, layer: int, pending: Sequence[Pending]) -> None:
+    def wait(self, turn: Turn, pending: Sequence[Pending]) -> None:
         """Wait for messages while others compute."""
-        with self.baton.lent((layer, block)):
+        with self.baton.lent(turn):
             for one in pending:
                 one.wait()
 

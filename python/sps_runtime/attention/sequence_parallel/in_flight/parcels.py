@@ -17,7 +17,7 @@ from torch import Tensor
 from sps_runtime.attention.backend import PagePool, Partial, QueryRun
 from sps_runtime.attention.page_reads import cut_pieces, query_runs
 from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare, share_partial
-from sps_runtime.attention.sequence_parallel.in_flight.flight import LEAD, OLD, Flight
+from sps_runtime.attention.sequence_parallel.in_flight.flight import LEAD, OLD, Flight, Turn
 from sps_runtime.attention.shard_layout import Ints, Runs
 from sps_runtime.distributed.communicator import Pending
 from sps_runtime.kvstore.transfer import Shipment, Staging
@@ -93,29 +93,29 @@ class Courier:
             self._send(block, layer, 1 + block)
 
     def attend(
-        self, block: int, layer: int, q_THD: Tensor, share: HeadShare, scale: float
+        self, block: int, layer: int, turn: Turn, q_THD: Tensor, share: HeadShare, scale: float
     ) -> Partial:
         """A block's queries, of a share's heads, over the pages that are here, then over those that
-        came."""
+        came, in its turn."""
         flight, parcels, window = self.flight, self.parcels, self.window
         backend = flight.context.backend
-        flight.read_in_place((layer, block), layer, parcels.members[block])
+        flight.read_in_place(turn, layer, parcels.members[block])
         pool = flight.context.pages(layer)
         partial = share_partial(backend, q_THD, parcels.here[block], pool, share, 0, scale, window)
         if not parcels.there[block]:
             return partial
-        staged, runs = self._arrived(block, layer), parcels.there[block]
+        staged, runs = self._arrived(block, layer, turn), parcels.there[block]
         other = share_partial(backend, q_THD, runs, staged, share, share.kv[0], scale, window)
         return Partial(*merge_state(partial.o, partial.lse, other.o, other.lse))
 
-    def _arrived(self, block: int, layer: int) -> PagePool:
+    def _arrived(self, block: int, layer: int, turn: Turn) -> PagePool:
         """The staged pages of a layer, once those that a block reads have come."""
         arrivals, size = self._arrivals[layer], self.flight.step.size
         staging = self.parcels.staging
         for parcel in self.parcels.awaits[block]:
             if arrivals.arrived[parcel]:
                 continue
-            with self.flight.baton.lent((layer, block)), arrivals.locks[parcel]:
+            with self.flight.baton.lent(turn), arrivals.locks[parcel]:
                 if not arrivals.arrived[parcel]:
                     arrivals.pending[parcel].wait()
                     for source in range(parcel * size, (parcel + 1) * size):

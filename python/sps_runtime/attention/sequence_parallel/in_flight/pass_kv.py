@@ -36,10 +36,11 @@ class FlyingPassKV:
     ) -> Tensor:
         courier = self._courier(window, kv_heads)
         courier.visit(block, layer)
-        self._flight.go_on(block, layer)
+        turn = (layer, block)
+        self._flight.go_on(block, layer, turn)
         heads = q_THD.shape[1]
         share = HeadShare.of(0, heads, heads // kv_heads)
-        partial = courier.attend(block, layer, q_THD, share, scale)
+        partial = courier.attend(block, layer, turn, q_THD, share, scale)
         courier.leave(layer)
         return partial.o.to(q_THD.dtype)
 

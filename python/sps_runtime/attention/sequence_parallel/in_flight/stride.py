@@ -215,7 +215,7 @@ class FlyingStride:
         self._visit(block, layer, q_THD, kv_heads)
         turn = (layer, block) if len(q_THD) else (layer - HURRY, block)
         flight.baton.offer(turn)
-        flight.follow(block, turn)
+        flight.follow(block, layer, turn)
         flight.read_in_place(turn, layer, self._near)
         pool = flight.context.pages(layer)
         own = flight.context.backend.partial(q_THD, self._local[block], pool, scale=scale)

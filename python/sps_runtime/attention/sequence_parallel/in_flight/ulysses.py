@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sps_runtime.attention.sequence_parallel.exact.kv_reads import HeadShare
 from sps_runtime.attention.sequence_parallel.exact.ulysses import head_shares, laid_end_to_end
-from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
+from sps_runtime.attention.sequence_parallel.in_flight.flight import BEGIN, HURRY, Flight, Turn
 from sps_runtime.attention.sequence_parallel.in_flight.parcels import Courier, plan_parcels
 from sps_runtime.distributed.communicator import Pending
 
@@ -69,13 +69,19 @@ class FlyingUlysses:
                 self._layers[ahead] = self._expect(ahead, q_THD, split)
         queries, coming = self._layers[layer].queries[block]
         self._send_queries(block, layer, q_THD, split, queries)
-        flight.go_on(block, layer)
-        flight.wait(block, layer, [coming])
-        partial = courier.attend(block, layer, queries, share, scale)
+        first = self._before_others(block, layer)
+        flight.go_on(block, layer, first)
+        flight.wait(first, [coming])
+        partial = courier.attend(block, layer, first, queries, share, scale)
         out_THD = self._swap_back(block, layer, partial.o.to(q_THD.dtype))
         courier.leave(layer)
         self._leave(layer)
         return out_THD
+
+    def _before_others(self, block: int, layer: int) -> Turn:
+        """Attention is short, and every rank waits for its outputs: it goes first, but in the first
+        layer only when all blocks have begun."""
+        return (layer - HURRY, block) if layer else (BEGIN, len(self._flight.plans) + block)
 
     def _expect(self, layer: int, like: Tensor, split: Sequence[HeadShare]) -> _Layer:
         """Have room for what all blocks of a layer will be sent."""
@@ -114,7 +120,7 @@ class FlyingUlysses:
         send = list(o_all.split(list(self._rows[block])))
         self._send(block, OUTPUTS, layer, send)
         parts, coming = self._layers[layer].outputs[block]
-        self._flight.wait(block, layer, [coming])
+        self._flight.wait((layer, block), [coming])
         parts[me] = send[me]
         return torch.cat(parts, dim=1)
 
