@@ -137,4 +137,6 @@ int64_t sample(const SamplingParams& p) {
   return draw(row, kept, static_cast<float>(p.min_p), p.uniform);
 }
 
+int64_t largest(const float* values, int64_t n) { return kernels().largest_index(values, n); }
+
 }  // namespace sps

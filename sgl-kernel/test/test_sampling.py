@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from sps_kernel import sample
+from sps_kernel import largest, sample
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
@@ -74,6 +75,29 @@ def test_greedy_takes_the_first_largest(isa, dtype):
     logits[[70, 500, 1002]] = 9.0
     for kwargs in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-320}):
         assert sample(logits, 0.99, **kwargs) == 70
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 16, 33, 1000, 1024, 1040, 32000, 151936])
+def test_largest_is_numpys(isa, n):
+    logits = np.random.default_rng(torch.initial_seed()).standard_normal((9, n)).astype(np.float32)
+    logits[1, :: max(1, n // 3)] = 9.0  # the first of several
+    logits[2] = -0.0
+    logits[2, n // 2] = 0.0
+    logits[3, n // 2 :] = np.nan  # the first of several
+    logits[4, n - 1] = np.inf
+    logits[5] = -np.inf
+    logits[6, : n // 2] = -np.inf
+    logits[7, n - 1] = 1e30
+    logits[8, n - 1] = np.nan
+    found = largest(torch.from_numpy(logits), np.zeros(9, np.int64))
+    assert found.tolist() == logits.argmax(-1).tolist()
+
+
+def test_largest_takes_rows_of_float32():
+    out = np.zeros(2, np.int64)
+    for logits in (np.zeros((2, 0), np.float32), np.zeros((2, 4)), np.zeros((3, 4), np.float32)):
+        with pytest.raises(ValueError):
+            largest(logits, out)
 
 
 def test_ties_are_cut_by_index(isa):

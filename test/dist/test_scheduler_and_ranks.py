@@ -165,12 +165,14 @@ def check(cell: tuple, *, sparse: bool, bursts: bool = True) -> list[StepPlan]:
         arch=arch,
         page_size=page_size,
         pages_per_rank=pages,
+        record=bursts,
     )
     scheduler, prompts = make_scheduler(cell, bursts), traffic(chance)
     try:
         outputs, plans, aborted = serve(engine, scheduler, prompts, chance, sparse)
     finally:
         engine.close()
+    assert bool(engine.loops) == any(plan.burst for plan in plans)
     for item in engine.told:
         whole = outputs[item.rid]
         said = whole[item.first : item.first + 1]

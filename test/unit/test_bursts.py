@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
+import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
+import numpy as np
 import pytest
 
-from sps_runtime.runner.bursts import LONGEST_S, Bursts, burst_step
+from sps_runtime.runner.bursts import END, GO_ON, LONGEST_S, Bursts, burst_step, verdict_slot
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.types.messages import TokensBatch, TokensOut
 from sps_runtime.types.plan import (
@@ -39,9 +43,63 @@ def burst_plan(steps: int, group: tuple[int, ...] = (0, 1), live: bool = True) -
     return StepPlan(21, group, sequences, "replicated", "pass_q", "decode", burst)
 
 
+class Ahead:
+    """Steps behind the first as `sps_kernel.StepLoop` runs them; rank 0 leads."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        board: TokenBoard,
+        execute: Callable[[StepPlan], StepResult],
+        legs: list[tuple[int, int]],
+    ) -> None:
+        self._plan, self._board, self._execute, self._legs = plan, board, execute, legs
+        self._results: list[StepResult] = []
+        self._said = False
+
+    def lead(self, each: bool, seconds: float, descriptor: int) -> tuple[int, bool]:
+        first = index = 1 + len(self._results)
+        if not self._said:
+            self._go_on(index - 1)
+        while True:
+            self._run(index)
+            index += 1
+            ends = index == self._plan.steps or self._results[-1].sampled[0].token == STOP
+            self._said = not (ends or select.select([descriptor], [], [], 0)[0])
+            if self._said:
+                self._go_on(index - 1)
+            if each or not self._said:
+                self._legs.append((first, index))
+                return index, self._said
+
+    def follow(self) -> None:
+        for index in range(1, self._plan.steps):
+            slot, epoch = verdict_slot(self._board, 0), self._plan.epoch + index - 1
+            if self._board.read(np.array([slot]), np.array([epoch]), 5.0)[0] == END:
+                return
+            self._run(index)
+
+    def sampled(self, step: int) -> tuple[SampledToken, ...]:
+        return self._results[step - 1].sampled
+
+    def result(self, leads: bool) -> StepResult:
+        sampled = tuple(token for result in self._results for token in result.sampled)
+        steps = len(self._results)
+        counters = StepCounters(sent_bytes=2 * steps, compute_s=0.5 * steps)
+        return StepResult(self._plan.epoch, -1, sampled, counters=counters, steps=steps)
+
+    def _go_on(self, index: int) -> None:
+        if len(self._plan.group) > 1:
+            slot = verdict_slot(self._board, 0)
+            self._board.write(self._plan.epoch + index, [slot], [GO_ON])
+
+    def _run(self, index: int) -> None:
+        self._results.append(self._execute(burst_step(self._plan, index, PAGE)))
+
+
 class World:
     """Ranks in threads that sample what a script says; rank 0 leads. They meet in every step, as
-    the sums of layers make them."""
+    the sums of layers make them. Those in `native` run what is behind a first step by `Ahead`."""
 
     def __init__(
         self,
@@ -49,8 +107,13 @@ class World:
         script: Callable[[int], int],
         interrupted: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = lambda: 0.0,
+        native: Sequence[int] = (),
+        messages: bool = False,
     ) -> None:
-        memory = mmap.mmap(-1, board_bytes(8 + ranks))
+        memory, self.descriptor = mmap.mmap(-1, board_bytes(8 + ranks)), os.eventfd(messages)
+        boards = [TokenBoard(memory) for _ in range(ranks)]
+        self.legs: list[tuple[int, int]] = []
+        execute = [partial(self._execute, rank) for rank in range(ranks)]
         self.told: list[TokensOut] = []
         self.steps: list[list[StepPlan]] = [[] for _ in range(ranks)]
         self._script = script
@@ -60,12 +123,16 @@ class World:
                 rank,
                 1,
                 PAGE,
-                lambda plan, rank=rank: self._execute(rank, plan),
-                TokenBoard(memory),
+                execute[rank],
+                boards[rank],
                 interrupted,
                 self._tell,
                 5.0,
                 clock,
+                lambda plan, rank=rank: (
+                    Ahead(plan, boards[rank], execute[rank], self.legs) if rank in native else None
+                ),
+                self.descriptor,
             )
             for rank in range(ranks)
         ]
@@ -92,6 +159,7 @@ class World:
             thread.start()
         for thread in threads:
             thread.join(10.0)
+        os.close(self.descriptor)
         return [result for result in results if result is not None]
 
 
@@ -151,6 +219,59 @@ def test_a_long_one_ends_itself() -> None:
     world = World(2, lambda epoch: 30, clock=lambda: next(ticks) * LONGEST_S * 0.4)
     steps = {result.steps for result in world.run(burst_plan(50))}
     assert len(steps) == 1 and steps < {2, 3, 4, 5, 6, 7, 8}
+
+
+NATIVE = [(0,), (1,), (0, 1, 2)]
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_whoever_runs_them_natively_all_steps_are_run_and_told(native: tuple[int, ...]) -> None:
+    world = World(3, lambda epoch: epoch, native=native)
+    results = world.run(burst_plan(5, (0, 1, 2)))
+    assert [(r.epoch, r.steps, r.rank) for r in results] == [(21, 5, r) for r in range(3)]
+    assert {(r.counters.sent_bytes, r.counters.compute_s) for r in results} == {(10, 2.5)}
+    assert [s.token for s in results[0].sampled if s.slot == 0] == [21, 22, 23, 24, 25]
+    assert ids(world.told, "a") == [(1, 21), (2, 22), (3, 23), (4, 24)]
+    assert world.legs == ([(1, 2), (2, 3), (3, 4), (4, 5)] if 0 in native else [])
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_a_stop_ends_native_steps_too(native: tuple[int, ...], last: int) -> None:
+    world = World(3, lambda epoch: STOP if epoch == 20 + last else 30, native=native)
+    results = world.run(burst_plan(9, (0, 1, 2)))
+    assert [result.steps for result in results] == [last] * 3
+    assert ids(world.told, "a") == [(1 + index, 30) for index in range(last - 1)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_where_nobody_is_told_native_steps_run_in_one_go(ranks: int) -> None:
+    plan = burst_plan(9, tuple(range(ranks)))
+    silent = msgspec.structs.replace(plan.burst, rids=("", ""))
+    plan = msgspec.structs.replace(plan, burst=silent)
+    world = World(ranks, lambda epoch: epoch, native=range(ranks))
+    assert [result.steps for result in world.run(plan)] == [9] * ranks
+    assert world.legs == [(1, 9)] and not world.told
+    stopping = World(ranks, lambda epoch: STOP if epoch == 24 else 9, native=range(ranks))
+    assert [result.steps for result in stopping.run(plan)] == [4] * ranks
+    assert stopping.legs == [(1, 4)]
+    asking = World(ranks, lambda epoch: epoch, native=range(ranks), messages=True)
+    asking.run(plan)
+    assert len(asking.legs) == 8, "what is readable need not be a message"
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_message_ends_native_steps(native: tuple[int, ...], after: int) -> None:
+    looks: list[None] = []
+
+    def interrupted() -> bool:
+        looks.append(None)
+        return len(looks) >= after
+
+    world = World(3, lambda epoch: 30, interrupted, native=native, messages=True)
+    results = world.run(burst_plan(8, (0, 1, 2)))
+    assert [result.steps for result in results] == [after] * 3
 
 
 def test_each_step_is_a_plan_of_its_own() -> None:

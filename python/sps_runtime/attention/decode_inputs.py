@@ -9,39 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sps_runtime.attention.backend import PageLists
+from sps_runtime.attention.row_pages import (
+    Int32s,
+    Int64s,
+    PageReaders,
+    RowPages,
+    row_pages,
+    row_writes,
+)
 from sps_runtime.ops.devices import CPU, Fence, Standing, pinned
 from sps_runtime.types.plan import StepPlan
 
-Int32s = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class PageReaders:
-    """Who attends to which pages.
-
-    Attributes:
-        page_size, pages_per_rank: of the pools.
-        sp_rank: this SP rank.
-        member: its index in the group.
-        readers: for each SP rank, the member of the group that attends to its pages.
-    """
-
-    page_size: int
-    pages_per_rank: int
-    sp_rank: int
-    member: int
-    readers: tuple[int, ...]
-
-    @property
-    def all_mine(self) -> bool:
-        """Whether this rank attends to every page."""
-        return all(reader == self.member for reader in self.readers)
+Feed = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"""An array, and its values in each of some steps: ``[steps, *the array's shape]``, of its dtype."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +66,33 @@ class _Lists:
         self.page_ids[begin:end] = ids
         self.page_positions[begin:end] = positions
         self.items[row, 2:6] = position, begin, count, position + 1
+
+    def put_steps(self, rows: Sequence[RowPages], position_SR: Int64s) -> Feed:
+        """The pages that all rows see in some steps, and what the steps' items are."""
+        item_SRI = np.repeat(self.items[None], len(position_SR), axis=0)
+        item_SRI[:, :, 2], item_SRI[:, :, 5] = position_SR, position_SR + 1
+        begin = 0
+        for row, pages in enumerate(rows):
+            end = begin + len(pages.ids)
+            self.page_ids[begin:end], self.page_positions[begin:end] = pages.ids, pages.starts
+            item_SRI[:, row, 3] = begin + pages.begin_S
+            item_SRI[:, row, 4] = pages.end_S - pages.begin_S
+            begin = end
+        return self.items, item_SRI
+
+
+@dataclass(frozen=True)
+class StepFeeds:
+    """What differs from step to step of a burst, but for tokens.
+
+    Attributes:
+        feeds: the arrays that every step finds with other values.
+        remote_S: for each window, int64 ``[steps]`` tokens that a layer reads in place from other
+            ranks' pools.
+    """
+
+    feeds: list[Feed]
+    remote_S: dict[int | None, Int64s]
 
 
 class DecodeInputs:
@@ -171,6 +185,32 @@ class DecodeInputs:
             self.tokens_T.copy_(torch.where(self._sources_T < 0, self.tokens_T, found_T))
         for window, lists in self._lists.items():
             self._fill(lists, plan, window)
+
+    def feeds(self, plan: StepPlan, steps: int) -> StepFeeds:
+        """Take what all steps of a burst have in common, and say what each finds else. For a CPU,
+        and after `fill` with the plan of the first step; step 0 is that one.
+
+        Args:
+            plan: of as many sequences as there are rows, with at most `capacity` pages at its end.
+
+        Raises:
+            ValueError: as `fill` does.
+        """
+        who, sequences = self._who, plan.sequences
+        places = [row_writes(sequence, steps, plan.group, who) for sequence in sequences]
+        starts_R = np.array([sequence.start for sequence in sequences])
+        position_SR = starts_R + np.arange(steps)[:, None]
+        feeds: list[Feed] = [
+            (self._positions, position_SR),
+            (self._slots, np.stack([slots for slots, _ in places], 1).astype(np.int32)),
+            (self._offsets, np.stack([offsets for _, offsets in places], 1).astype(np.int32)),
+        ]
+        remote_S: dict[int | None, Int64s] = {}
+        for window, lists in self._lists.items():
+            rows = [row_pages(sequence, steps, window, who) for sequence in sequences]
+            feeds.append(lists.put_steps(rows, position_SR))
+            remote_S[window] = sum((row.remote_S for row in rows), np.zeros(steps, np.int64))
+        return StepFeeds(feeds, remote_S)
 
     def sent(self) -> None:
         """Backends have launched what reads the page lists: they are not written again before that

@@ -149,8 +149,9 @@ class Recording:
             `Recorder` is made or replayed.
     """
 
-    def __init__(self, program: Any, result: Tensor) -> None:
+    def __init__(self, program: Any, result: Tensor, kernels: ModuleType) -> None:
         self._program = program
+        self._kernels = kernels
         self.result = result
 
     def __len__(self) -> int:
@@ -176,6 +177,11 @@ class Recording:
         else:
             self._program.run(clock_ns)
         return self.result
+
+    def loop(self, *arguments: Any, **options: Any) -> Any:
+        """It run again and again natively, its result being the logits of a step, each from what
+        the step before sampled (`sps_kernel.StepLoop`, whose other arguments these are)."""
+        return self._kernels.StepLoop(self._program, self.result, *arguments, **options)
 
 
 class Recorder:
@@ -214,7 +220,7 @@ class Recorder:
             if result is None:
                 raise
             return result, str(reason)
-        return result, Recording(program, self._alias(result))
+        return result, Recording(program, self._alias(result), self._kernels)
 
     def _alias(self, result: Tensor) -> Tensor:
         """The same memory, without a claim on it: it is free for the next recording."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from sps_runtime.types.messages import TokensBatch, TokensOut
 from sps_runtime.types.plan import Burst, SampledToken, StepCounters, StepPlan, StepResult
 
-LONGEST_S = 0.25
+LONGEST_S = 0.5
 """A burst ends after so long: the scheduler counts, and watches, what is answered."""
 END, GO_ON = 0, 1
 
@@ -40,6 +40,29 @@ class Board(Protocol):
     ) -> npt.NDArray[np.int64]: ...
 
 
+class StepsAhead(Protocol):
+    """A burst's steps behind the first as this rank runs them without the interpreter
+    (`runner.steps_ahead.StepsAhead`)."""
+
+    def lead(self, each: bool, seconds: float, descriptor: int) -> tuple[int, bool]:
+        """Say that the burst goes on, unless that was said, and run its next step, or several
+        without `each`; how many have been run, and whether it was said that it goes on from the
+        last of them."""
+        ...
+
+    def follow(self) -> None:
+        """Run steps as the leading rank says, until it ends the burst."""
+        ...
+
+    def sampled(self, step: int) -> tuple[SampledToken, ...]:
+        """What a step sampled that was led."""
+        ...
+
+    def result(self, leads: bool) -> StepResult:
+        """The answer to all of them, which may be none."""
+        ...
+
+
 class Bursts:
     """Runs one rank's bursts.
 
@@ -52,6 +75,9 @@ class Bursts:
         interrupted: whether a message from the scheduler waits.
         tell: brings tokens to the front end.
         timeout_s: how long a verdict may take.
+        ahead: after the first step, a means to run the others natively; None where there is none.
+        descriptor: readable whenever `interrupted` may have become true since it was asked; for
+            `ahead`.
     """
 
     def __init__(
@@ -65,6 +91,8 @@ class Bursts:
         tell: Callable[[TokensBatch], None],
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        ahead: Callable[[StepPlan], StepsAhead | None] = lambda plan: None,
+        descriptor: int = -1,
     ) -> None:
         self._rank = rank
         self._tp_size = tp_size
@@ -75,6 +103,8 @@ class Bursts:
         self._tell = tell
         self._timeout_s = timeout_s
         self._clock = clock
+        self._ahead = ahead
+        self._descriptor = descriptor
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run a plan that has a burst; the answer to it.
@@ -82,37 +112,72 @@ class Bursts:
         Raises:
             TimeoutError: the leading rank said nothing; and what `execute` raises.
         """
-        burst = plan.burst
-        assert burst is not None
         leader, until = plan.group[0] * self._tp_size, self._clock() + LONGEST_S
-        alone = len(plan.group) * self._tp_size == 1
-        results: list[StepResult] = []
-        while len(results) < burst.steps:
-            step = burst_step(plan, len(results), self._page_size)
-            result = self._execute(step)
-            results.append(result)
-            if len(results) == burst.steps:
-                break
-            if self._rank != leader:
-                if not self._go_on(leader, step.epoch, results):
-                    break
-                continue
-            stopped = stops(burst, result)
-            if not stopped and (news := tokens_of(burst, len(results) - 1, result)):
-                # First of all: while the others wait for the verdict, their cores are free for it.
-                self._tell(TokensBatch(news))
-            goes_on = not (stopped or self._clock() > until or self._interrupted())
-            if not alone:
-                verdict = GO_ON if goes_on else END
-                self._board.write(step.epoch, [self._word(leader)], [verdict])
-            if not goes_on:
-                break
-        return joined(plan, results)
+        results = [self._execute(burst_step(plan, 0, self._page_size))]
+        ahead = self._ahead(plan)
+        if ahead is None:
+            self._run_each(plan, leader, until, results)
+            return joined(plan, results)
+        if self._rank == leader:
+            self._lead(plan, until, results[0].sampled, ahead)
+        else:
+            ahead.follow()
+        return joined(plan, [*results, ahead.result(self._rank == leader)])
 
-    def _go_on(self, leader: int, epoch: int, results: list[StepResult]) -> bool:
+    def _run_each(
+        self, plan: StepPlan, leader: int, until: float, results: list[StepResult]
+    ) -> None:
+        """Execute step after step behind the first."""
+        while len(results) < plan.steps:
+            index, last = len(results), results[-1]
+            if self._rank != leader:
+                goes_on = self._told_to_go_on(leader, plan.epoch + index - 1, results)
+            else:
+                goes_on = self._goes_on(plan, index - 1, last.sampled, until)
+                self._say(plan, index - 1, GO_ON if goes_on else END)
+            if not goes_on:
+                return
+            results.append(self._execute(burst_step(plan, index, self._page_size)))
+
+    def _lead(
+        self, plan: StepPlan, until: float, sampled: Sequence[SampledToken], ahead: StepsAhead
+    ) -> None:
+        """As the leading rank, run the steps behind the first: one after another where somebody is
+        told of each."""
+        assert plan.burst is not None
+        each, done, said = any(plan.burst.rids), 1, False
+        while done < plan.steps:
+            if said:
+                self._tell_of(plan.burst, done - 1, sampled)
+            elif not self._goes_on(plan, done - 1, sampled, until):
+                return self._say(plan, done - 1, END)
+            done, said = ahead.lead(each, until - self._clock(), self._descriptor)
+            sampled = ahead.sampled(done - 1)
+
+    def _goes_on(
+        self, plan: StepPlan, index: int, sampled: Sequence[SampledToken], until: float
+    ) -> bool:
+        """Tell what a step sampled, which is not the last; whether there is another one."""
+        assert plan.burst is not None
+        if stops(plan.burst, sampled):
+            return False
+        self._tell_of(plan.burst, index, sampled)
+        return not (self._clock() > until or self._interrupted())
+
+    def _tell_of(self, burst: Burst, index: int, sampled: Sequence[SampledToken]) -> None:
+        if news := tokens_of(burst, index, sampled):
+            self._tell(TokensBatch(news))
+
+    def _say(self, plan: StepPlan, index: int, verdict: int) -> None:
+        """As the leading rank, say to those who follow, if any, whether there is another step."""
+        if len(plan.group) * self._tp_size > 1:
+            slot = verdict_slot(self._board, self._rank)
+            self._board.write(plan.epoch + index, [slot], [verdict])
+
+    def _told_to_go_on(self, leader: int, epoch: int, results: list[StepResult]) -> bool:
         """Wait for the leading rank's verdict; what that takes counts as waiting for others."""
         before = self._board.waited_s
-        word, epochs = np.array([self._word(leader)]), np.array([epoch])
+        word, epochs = np.array([verdict_slot(self._board, leader)]), np.array([epoch])
         verdict = int(self._board.read(word, epochs, self._timeout_s)[0])
         if waited := self._board.waited_s - before:
             counters = results[-1].counters
@@ -120,8 +185,10 @@ class Bursts:
             results[-1] = msgspec.structs.replace(results[-1], counters=exposed)
         return verdict == GO_ON
 
-    def _word(self, leader: int) -> int:
-        return self._board.slots - 1 - leader
+
+def verdict_slot(board: Board, leader: int) -> int:
+    """Where a leading rank, named globally, writes its verdicts."""
+    return board.slots - 1 - leader
 
 
 def burst_step(plan: StepPlan, index: int, page_size: int) -> StepPlan:
@@ -140,18 +207,18 @@ def burst_step(plan: StepPlan, index: int, page_size: int) -> StepPlan:
     return msgspec.structs.replace(plan, epoch=epoch, sequences=sequences, burst=None)
 
 
-def stops(burst: Burst, result: StepResult) -> bool:
+def stops(burst: Burst, sampled: Sequence[SampledToken]) -> bool:
     """Whether a sequence ends with what a step sampled. Tokens come in the order of sequences."""
     return any(
-        sampled.token in ids or sampled.failure is not None
-        for sampled, ids in zip(result.sampled, burst.stops, strict=True)
+        one.token in ids or one.failure is not None
+        for one, ids in zip(sampled, burst.stops, strict=True)
     )
 
 
-def tokens_of(burst: Burst, index: int, result: StepResult) -> tuple[TokensOut, ...]:
+def tokens_of(burst: Burst, index: int, sampled: Sequence[SampledToken]) -> tuple[TokensOut, ...]:
     """What the front end is told of a step, where no sequence stops."""
-    sequences = zip(burst.rids, burst.firsts, result.sampled, strict=True)
-    return tuple(_news(rid, first + index, sampled) for rid, first, sampled in sequences if rid)
+    sequences = zip(burst.rids, burst.firsts, sampled, strict=True)
+    return tuple(_news(rid, first + index, one) for rid, first, one in sequences if rid)
 
 
 def _news(rid: str, first: int, sampled: SampledToken) -> TokensOut:
@@ -169,5 +236,5 @@ def joined(plan: StepPlan, results: Sequence[StepResult]) -> StepResult:
         epoch=plan.epoch,
         sampled=tuple(sampled for result in results for sampled in result.sampled),
         counters=StepCounters(**sums),
-        steps=len(results),
+        steps=sum(result.steps for result in results),
     )

@@ -37,6 +37,12 @@ class Inbox:
             continue
         return message
 
+    @property
+    def descriptor(self) -> int:
+        """A file descriptor that is readable from when a message comes, unless `waiting` said so
+        already, until `waiting` is asked (ZMQ's own, which tells of changes)."""
+        return self._plans.socket.FD
+
     def waiting(self) -> bool:
         """Whether a message is here."""
         return self._plans.readable

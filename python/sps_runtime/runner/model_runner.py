@@ -42,6 +42,7 @@ from sps_runtime.runner.prompt_logprobs import as_runs, judge_prompt
 from sps_runtime.runner.publish import SampledHere, publish
 from sps_runtime.runner.sampler import sample, sample_late
 from sps_runtime.runner.step_graph import StepGraphs
+from sps_runtime.runner.steps_ahead import StepsAhead, samples_alone
 from sps_runtime.runner.token_board import TokenBoard
 from sps_runtime.telemetry.timeline import NoTimeline, Timeline
 from sps_runtime.types.plan import (
@@ -145,6 +146,18 @@ class ModelRunner:
             ValueError: the plan contradicts itself.
         """
         return self.launch(plan, late=False).result()
+
+    def ahead(self, plan: StepPlan) -> StepsAhead | None:
+        """A burst's steps behind its first, which was executed, to be replayed without coming back
+        here; None where each of them is to be executed.
+
+        Raises:
+            ValueError: the plan contradicts itself.
+        """
+        replays = self._graphs.ahead(plan) if samples_alone(plan) else None
+        if replays is None:
+            return None
+        return StepsAhead(plan, self._means, replays, self._board, self._token_timeout_s)
 
     def runs_late(self, plan: StepPlan) -> bool:
         """Whether a step's tokens can stay on the device: a decode step that this rank runs alone,

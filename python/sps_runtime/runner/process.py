@@ -114,6 +114,8 @@ def open_bursts(
         inbox.waiting,
         teller.tell,
         engine.watchdog_timeout_s,
+        ahead=runner.ahead,
+        descriptor=inbox.descriptor,
     )
 
 

@@ -41,7 +41,7 @@ def sample(
             any token, and the reason.
     """
     planned = [plan.sequences[index] for index in sequences]
-    if all(sequence.sample is not None and _plain(sequence.sample) for sequence in planned):
+    if all(sequence.sample is not None and largest_is_all(sequence.sample) for sequence in planned):
         greedy = _largest(logits_RV)
         return [SampledToken(s.slot, token) for s, token in zip(planned, greedy, strict=True)]
     samples = [sequence.sample for sequence in planned if sequence.sample is not None]
@@ -108,6 +108,13 @@ def token_logprobs(scores_V: Tensor, token: int, top: int, wanted: Sequence[int]
     return TokenLogprobs(token, scores_V[token].item(), _best_first(pairs), _best_first(named))
 
 
+def largest_is_all(sample_plan: SamplePlan) -> bool:
+    """Whether the largest logit is all that is wanted."""
+    return (
+        _greedy(sample_plan.params) and sample_plan.logprobs is None and not has_edits(sample_plan)
+    )
+
+
 def _largest(logits_RV: Tensor) -> list[int]:
     """`_argmax` as ids. On a CPU straight from the memory: between two replays every call into
     torch finds cold caches."""
@@ -122,13 +129,6 @@ def _argmax(logits_RV: Tensor) -> Tensor:
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(dim=-1)
     return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
-
-
-def _plain(sample_plan: SamplePlan) -> bool:
-    """Whether the largest logit is all that is wanted."""
-    return (
-        _greedy(sample_plan.params) and sample_plan.logprobs is None and not has_edits(sample_plan)
-    )
 
 
 def _greedy(params: SamplingParams) -> bool:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.decode_inputs import DecodeInputs, TokenSource
+from sps_runtime.attention.decode_inputs import DecodeInputs, Feed, TokenSource
+from sps_runtime.attention.row_pages import Int64s
 from sps_runtime.attention.sequence_parallel.exact.decode import (
     DecodeAttention,
     capacity_for,
@@ -44,6 +45,27 @@ Compute = Callable[[Tensor, StepContext], Tensor]
 
 MakeContext = Callable[[StepPlan, GroupLinks, Tensor, DecodeAttention], StepContext]
 """From a decode step's plan, links, positions and attention to its context."""
+
+
+@dataclass(frozen=True)
+class StepReplays:
+    """What the steps of a burst behind its first need to be replayed one after another.
+
+    Attributes:
+        tokens_T: int64 ``[rows]`` where a step reads its ids.
+        feeds: what else differs from step to step (`decode_inputs.StepFeeds`).
+        remote_bytes_S: int64 ``[steps]`` read in place from other ranks' pools.
+        attention_bytes, linear_bytes, physical_bytes: what crosses in each step.
+    """
+
+    recording: Recording
+    tokens_T: Tensor
+    feeds: list[Feed]
+    remote_bytes_S: Int64s
+    attention_bytes: int
+    linear_bytes: int
+    physical_bytes: int
+
 
 Key = tuple[tuple[int, ...], Placement, int]
 
@@ -139,6 +161,31 @@ class StepGraphs:
         self._means.traffic.attention_bytes += shape.attention.remote_bytes()
         rows = len(plan.sequences)
         return logits_RV if rows == shape.inputs.rows else logits_RV[:rows]
+
+    def ahead(self, plan: StepPlan) -> StepReplays | None:
+        """The steps of a burst behind its first, which `run` has just computed; None where they
+        cannot be replayed as they are, or where a timeline wants to see each.
+
+        Raises:
+            ValueError: the plan contradicts itself.
+        """
+        shape = self._shapes.get((plan.group, plan.placement, len(plan.sequences)))
+        if shape is None or self._timeline.on or not self.takes(plan):
+            return None
+        recording = shape.recordings.get(shape.attention.form())
+        pages = page_count(plan, self._means.store.shape.page_size, plan.steps)
+        if not isinstance(recording, Recording) or pages > shape.inputs.capacity:
+            return None
+        found = shape.inputs.feeds(plan, plan.steps)
+        return StepReplays(
+            recording,
+            shape.inputs.tokens_T,
+            found.feeds,
+            shape.attention.remote_bytes_each(found.remote_S),
+            shape.attention_bytes,
+            shape.linear_bytes,
+            shape.physical_bytes,
+        )
 
     def _padded(self, rows: int) -> int:
         """Rows of the shape that a step is computed in: a graph costs memory and a moment to

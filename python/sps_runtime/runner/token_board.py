@@ -43,15 +43,18 @@ class TokenBoard:
         spin_s: how long a wait polls before it sleeps; 0 where ranks outnumber cores.
 
     Attributes:
+        memory: all of it, for who writes and reads it natively (`sps_kernel.StepLoop`).
+        spin_s: as given.
         waited_s: seconds spent waiting since the start.
     """
 
     def __init__(self, memory: mmap.mmap | bytearray, spin_s: float = 0.0) -> None:
+        self.spin_s = spin_s
+        self.memory = np.frombuffer(memory, dtype=np.uint8)
         self._bell = np.frombuffer(memory, dtype=np.uint32, count=1)
         self._words = np.frombuffer(memory, dtype=np.uint64, offset=_BELL_BYTES)
         self._futex = Futex()
         self._bell_address = int(self._bell.ctypes.data)
-        self._spin_s = spin_s
         self.waited_s = 0.0
 
     @property
@@ -100,5 +103,5 @@ class TokenBoard:
                 return words
             if waited > timeout_s:
                 raise TimeoutError(f"no token in board slots {slots[missing].tolist()}")
-            if waited > self._spin_s:
+            if waited > self.spin_s:
                 self._futex.wait(self._bell_address, bell, SLEEP_S)

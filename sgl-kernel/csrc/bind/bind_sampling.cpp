@@ -34,8 +34,24 @@ int64_t py_sample(nb::handle logits_, double uniform, double temperature, int64_
   return token;
 }
 
+void py_largest(nb::handle logits_, nb::handle out_) {
+  const Tensor logits(logits_, "logits"), out(out_, "out", true);
+  logits.need_ndim(2).need_dtype(DType::kF32).need_contiguous();
+  out.need_dtype(DType::kI64).need_shape({logits.shape[0]}).need_contiguous();
+  check(logits.shape[1] >= 1, "logits: empty rows");
+  const float* x = logits.as<float>();
+  int64_t* to = out.as<int64_t>();
+  const int64_t rows = logits.shape[0], n = logits.shape[1];
+  submit("largest", {logits_, out_}, [x, to, rows, n] {
+    for (int64_t r = 0; r < rows; ++r) to[r] = largest(x + r * n, n);
+  });
+}
+
 }  // namespace
 
-void bind_sampling(nb::module_& m) { m.def("sample", &py_sample); }
+void bind_sampling(nb::module_& m) {
+  m.def("sample", &py_sample);
+  m.def("largest", &py_largest);
+}
 
 }  // namespace sps::bind

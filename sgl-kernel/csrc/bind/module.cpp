@@ -52,4 +52,5 @@ NB_MODULE(_core, m) {
   sps::bind::bind_moves(m);
   sps::bind::bind_sparse(m);
   sps::bind::bind_program(m);
+  sps::bind::bind_step_loop(m);
 }

@@ -16,5 +16,6 @@ void bind_links(nanobind::module_& m);
 void bind_moves(nanobind::module_& m);
 void bind_sparse(nanobind::module_& m);
 void bind_program(nanobind::module_& m);
+void bind_step_loop(nanobind::module_& m);
 
 }  // namespace sps::bind

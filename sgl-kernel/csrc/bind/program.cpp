@@ -63,20 +63,27 @@ void Program::discard() {
   written_.clear();
 }
 
-void Program::run(int64_t* clock_ns) {
+Program::Running::Running(State& of) : state(of) {
   if (current != nullptr) runtime_error("a program cannot run while one is recorded");
-  if (state_ != State::kRecorded) runtime_error("the program is not recorded, or runs already");
-  struct Running {
-    State& state;
-    ~Running() { state = State::kRecorded; }
-  } running{state_};
-  state_ = State::kRunning;
+  if (state != State::kRecorded) runtime_error("the program is not recorded, or runs already");
+  state = State::kRunning;
+}
+
+void Program::run(int64_t* clock_ns) {
+  const Running running(state_);
   nb::gil_scoped_release release;
   if (clock_ns != nullptr) *clock_ns++ = now_ns();
   for (const std::function<void()>& call : calls_) {
     call();
     if (clock_ns != nullptr) *clock_ns++ = now_ns();
   }
+}
+
+void Program::run_while(const std::function<bool()>& next) {
+  const Running running(state_);
+  nb::gil_scoped_release release;
+  while (next())
+    for (const std::function<void()>& call : calls_) call();
 }
 
 void Program::add_workspace(nb::handle array) {

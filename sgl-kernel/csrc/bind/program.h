@@ -31,6 +31,9 @@ class Program {
   // Runs everything with the GIL released. Throws what a call throws; calls after it do not run.
   // clock_ns: null, or where to put the monotonic clock before the first and after each call.
   void run(int64_t* clock_ns = nullptr);
+  // Runs everything as long as `next` says so, which is asked before each time; both without the
+  // GIL. Throws what a call or `next` throws.
+  void run_while(const std::function<bool()>& next);
   // Arrays inside `array` are not kept one by one: the program keeps all of it.
   void add_workspace(nb::handle array);
 
@@ -45,6 +48,12 @@ class Program {
 
  private:
   enum class State { kEmpty, kRecording, kRecorded, kRunning, kDiscarded };
+  // The state while something runs. Throws where it may not.
+  struct Running {
+    explicit Running(State& state);
+    ~Running() { state = State::kRecorded; }
+    State& state;
+  };
   struct Written {
     PyObject* object;
     std::string name;

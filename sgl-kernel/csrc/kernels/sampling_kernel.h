@@ -35,5 +35,42 @@ static void exp_weights(const float* x, int64_t n, float shift, float scale, flo
   for (; i < n; ++i) p[i] = ::expf((x[i] - shift) * scale);
 }
 
+// Where the first NaN is, or else the first largest value.
+static int64_t largest_slowly(const float* x, int64_t n) {
+  int64_t best = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (x[i] != x[i]) return i;
+    if (x[i] > x[best]) best = i;
+  }
+  return best;
+}
+
+// As above, n >= 1. Blocks are looked through for the largest value alone; where it lies is sought
+// in its block. 0 x is NaN for what the comparison would pass over, and for infinities.
+static int64_t largest_index(const float* x, int64_t n) {
+  constexpr int64_t kBlock = 64 * Wide::W;
+  Wide::reg odd = Wide::zero();
+  float most = -INFINITY;
+  int64_t where = 0;
+  for (int64_t begin = 0; begin + Wide::W <= n; begin += kBlock) {
+    Wide::reg best = Wide::set1(-INFINITY);
+    for (int64_t i = begin; i + Wide::W <= n && i < begin + kBlock; i += Wide::W) {
+      const Wide::reg v = Wide::load(x + i);
+      best = Wide::max(v, best);
+      odd = Wide::fma(v, Wide::zero(), odd);
+    }
+    const float of_block = Wide::hmax(best);
+    if (of_block > most) most = of_block, where = begin;
+  }
+  float odd_one = Wide::hsum(odd);
+  for (int64_t i = n - n % Wide::W; i < n; ++i) {
+    odd_one += 0.0f * x[i];
+    if (x[i] > most) most = x[i], where = i;
+  }
+  if (odd_one != odd_one) return largest_slowly(x, n);
+  while (x[where] != most) ++where;
+  return where;
+}
+
 }  // namespace SPS_ISA_NS
 }  // namespace sps

@@ -36,6 +36,7 @@ static const KernelTable table = {
     rope_range,
     load_logits,
     exp_weights,
+    largest_index,
     summarise_range,
     page_share_unit,
 };

@@ -37,6 +37,7 @@ struct KernelTable {
   void (*rope_kv_write)(const RopeParams&, int64_t begin, int64_t end);
   float (*load_logits)(const char* src, bool bf16, int64_t n, float* dst);
   void (*exp_weights)(const float* x, int64_t n, float shift, float scale, float* p);
+  int64_t (*largest_index)(const float* x, int64_t n);
   void (*summarise_range)(const SummariseParams&, int64_t begin, int64_t end);  // (page, head)
   void (*page_share_unit)(const ShareParams&, const ShareUnit&);
 };

@@ -19,4 +19,7 @@ struct SamplingParams {
 // The token, or -1 when no logit is above -inf (NaN counts as -inf).
 int64_t sample(const SamplingParams& params);
 
+// The first of the largest of n >= 1 values; if there is a NaN, the first of those, as NumPy has it.
+int64_t largest(const float* values, int64_t n);
+
 }  // namespace sps

@@ -37,7 +37,7 @@ from sps_kernel.packed import (
     unpack_weight,
 )
 from sps_kernel.program import Program
-from sps_kernel.sampling import sample
+from sps_kernel.sampling import largest, sample
 from sps_kernel.sparse import (
     PageChoice,
     choose_pages,
@@ -46,6 +46,7 @@ from sps_kernel.sparse import (
     summary_nbytes,
     tail_attention,
 )
+from sps_kernel.step_loop import StepLoop
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "Links",
     "PageChoice",
     "Program",
+    "StepLoop",
     "add",
     "available_isas",
     "build_info",
@@ -66,6 +68,7 @@ __all__ = [
     "fetch_add",
     "fetch_max",
     "gemv",
+    "largest",
     "links_region_bytes",
     "load_acquire",
     "look_up",

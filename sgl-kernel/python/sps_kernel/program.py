@@ -39,6 +39,11 @@ class Program:
         return len(self._program)
 
     @property
+    def native(self) -> _core.Program:
+        """What other classes of this package run."""
+        return self._program
+
+    @property
     def recorded(self) -> bool:
         """Whether it can :meth:`run`."""
         return self._program.recorded

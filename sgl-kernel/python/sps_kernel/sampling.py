@@ -42,3 +42,21 @@ def sample(
         A value out of its range, or no logit above -inf.
     """
     return _core.sample(logits, uniform, temperature, top_k, top_p, min_p)
+
+
+def largest(logits: Array, out: Array) -> Array:
+    """Each row's largest logit: greedy sampling, as ``numpy.argmax`` has it.
+
+    Parameters
+    ----------
+    logits : [R, V], float32, contiguous
+    out : [R], int64
+        The first of a row's largest; where it has a NaN, the first of those.
+
+    Raises
+    ------
+    ValueError
+        Rows are empty.
+    """
+    _core.largest(logits, out)
+    return out

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 from test.dist.helpers.planner import Planner, Request, Shape
+from test.dist.helpers.thread_contexts import PATIENCE_S, make_contexts
 from torch import Tensor
 
 from sps_runtime.attention.backend import AttentionBackend
@@ -39,13 +43,12 @@ from sps_runtime.ops.recording import Recorder
 from sps_runtime.runner.bursts import Bursts
 from sps_runtime.runner.launched import POLL_S, Lane, Launched
 from sps_runtime.runner.model_runner import ModelRunner
+from sps_runtime.runner.steps_ahead import StepsAhead
 from sps_runtime.runner.token_board import TokenBoard, board_bytes
 from sps_runtime.sparse.dispatch import choose_operators, possible
 from sps_runtime.types.plan import StepPlan, StepResult
 
 SLOTS = 256
-PATIENCE_S = 100.0
-RING = 4096
 
 
 class RecordingModel:
@@ -77,6 +80,24 @@ class RecordingModel:
             return logits_RV
 
         graphs.run = kept
+
+
+class Plans:
+    """A rank's plans, and a descriptor that is readable from when one comes until it is asked
+    whether any waits, as ZMQ's."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[StepPlan | None] = SimpleQueue()
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def put(self, plan: StepPlan | None) -> None:
+        self.queue.put(plan)
+        os.eventfd_write(self.descriptor, 1)
+
+    def waiting(self) -> bool:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+        return not self.queue.empty()
 
 
 class Watched:
@@ -116,87 +137,19 @@ class Answer:
     logits: dict[int, Tensor]
 
 
-def make_contexts(
-    world: ThreadWorld,
-    shape: KVShape,
-    dtype: torch.dtype,
-    sp: int,
-    tp: int,
-    hosts: tuple[int, ...],
-    ops: Ops,
-    native: bool,
-    windows: tuple[int | None, ...] = (),
-    make_backend: Callable[[], AttentionBackend] | None = None,
-) -> list[AttentionContext]:
-    """Pools, links and fences of every rank. Pools are full of NaN: a read of what nobody wrote
-    must show. Messages go through `world`, or as between processes of one host."""
-    memory = mmap.mmap(-1, link_bytes(sp * tp, RING))
-    pools = [KVPool.private(shape, dtype) for _ in range(sp * tp)]
-    nothing = torch.nan if dtype.is_floating_point else 0xFF  # quantised rows that decode to NaN
-    for pool in pools:
-        pool.k.fill_(nothing)
-        pool.v.fill_(nothing)
-    fences = ThreadFences(sp * tp, shape.layers, timeout_s=PATIENCE_S)
-    sparse = _sparse_means(shape, sp, tp, hosts, ops)
-    contexts = []
-    for rank in range(sp * tp):
-        mesh, traffic = Mesh(sp, tp, rank), Traffic()
-        readable = [
-            pools[other * tp + mesh.tp_rank] if hosts[other] == hosts[mesh.sp_rank] else None
-            for other in range(sp)
-        ]
-        contexts.append(
-            AttentionContext(
-                mesh=mesh,
-                mailroom=_native(ops, memory, rank, sp * tp, traffic)
-                if native
-                else world.mailroom(rank, traffic),
-                store=KVStore(readable, mesh.sp_rank),
-                fence=fences.of(rank),
-                backend=make_backend()
-                if make_backend is not None
-                else choose_backend(ops, page_size=shape.page_size, head_dim=shape.head_dim),
-                traffic=traffic,
-                hosts=hosts,
-                ops=ops.operators,
-                sparse=sparse[rank],
-                windows=windows,
-            )
-        )
-    return contexts
-
-
-def _sparse_means(
-    shape: KVShape, sp: int, tp: int, hosts: tuple[int, ...], ops: Ops
-) -> list[SparseMeans | None]:
-    """Summaries of every rank, where pages have any; unwritten ones are rubbish."""
-    if not possible(shape.page_size, shape.head_dim, native=shape.itemsize > 1):
-        return [None] * (sp * tp)
-    operators = choose_operators(ops.kernels)
-    nbytes = operators.summary_nbytes(shape.page_size, shape.head_dim, shape.itemsize)
-    room = SummaryShape(shape.layers, shape.slots, shape.kv_heads, nbytes)
-    pools = [room.private().fill_(0xFF) for _ in range(sp * tp)]
-    return [
-        SparseMeans(
-            operators,
-            SummaryStore(
-                [
-                    pools[other * tp + rank % tp]
-                    if hosts[other] == hosts[rank // tp]
-                    else room.private().fill_(0xFF)
-                    for other in range(sp)
-                ],
-                rank // tp,
-            ),
-        )
-        for rank in range(sp * tp)
-    ]
-
-
-def _native(ops: Ops, memory: mmap.mmap, rank: int, world: int, traffic: Traffic) -> NativeMailroom:
-    assert ops.kernels is not None
-    return NativeMailroom(
-        ops.kernels, memory, rank, world, traffic, ring_bytes=RING, timeout_s=PATIENCE_S
+def kv_shape(
+    config: ModelConfig, tp: int, page_size: int, slots: int, dtype: torch.dtype, kv_dtype: str
+) -> KVShape:
+    """Of the pool of one rank."""
+    row = (dtype.itemsize, 0) if kv_dtype == "auto" else kv_row(kv_dtype)
+    return KVShape(
+        layers=config.num_layers,
+        slots=slots,
+        kv_heads=config.kv_heads_per_rank(tp),
+        page_size=page_size,
+        head_dim=config.head_dim,
+        itemsize=row[0],
+        scale_bytes=row[1],
     )
 
 
@@ -211,6 +164,11 @@ class ThreadEngine:
         kv_dtype: as `config.cache` has it.
         record: replay decode steps, where the kernels are installed and all is on one host.
         make_backend: makes each rank's attention backend.
+        native: global ranks that run a burst's later steps in a native loop where they can, which
+            needs `record`; all of them unless told.
+
+    Attributes:
+        loops: a rank for every burst whose later steps it ran so.
     """
 
     def __init__(
@@ -229,24 +187,18 @@ class ThreadEngine:
         pipeline: bool = True,
         record: bool = False,
         make_backend: Callable[[], AttentionBackend] | None = None,
+        native: tuple[int, ...] | None = None,
     ) -> None:
+        self._native = native
+        self.loops: list[int] = []
         self.sp, self.tp, self._page_size = sp, tp, page_size
         self.results: SimpleQueue[Answer | None] = SimpleQueue()
         self.errors: list[BaseException] = []
-        self._queues: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(sp * tp)]
+        self._queues = [Plans() for _ in range(sp * tp)]
         self._waiting: dict[int, list[Answer]] = {}
         hosts = hosts or (0,) * sp
         dtype = arena.layout.dtype
-        row = (dtype.itemsize, 0) if kv_dtype == "auto" else kv_row(kv_dtype)
-        shape = KVShape(
-            layers=config.num_layers,
-            slots=pages_per_rank,
-            kv_heads=config.kv_heads_per_rank(tp),
-            page_size=page_size,
-            head_dim=config.head_dim,
-            itemsize=row[0],
-            scale_bytes=row[1],
-        )
+        shape = kv_shape(config, tp, page_size, pages_per_rank, dtype, kv_dtype)
         world = ThreadWorld(sp * tp, timeout_s=PATIENCE_S)
         ops = ops or choose_ops()
         record = record and ops.kernels is not None and len(set(hosts)) == 1
@@ -289,7 +241,7 @@ class ThreadEngine:
             if result.error is None:
                 self.results.put(Answer(result, dict(zip(slots, given, strict=True))))
 
-        lane, queue = Lane(watched, rank, answer), self._queues[rank]
+        lane, queue = Lane(watched, rank, answer), self._queues[rank].queue
         try:
             while (plan := next_plan(queue, lane)) is not None:
                 if plan.burst is None:
@@ -303,17 +255,27 @@ class ThreadEngine:
             raise
 
     def _bursts(self, rank: int) -> Bursts:
-        queue, runner = self._queues[rank], self.runners[rank]
+        plans, runner = self._queues[rank], self.runners[rank]
         return Bursts(
             rank,
             self.tp,
             self._page_size,
             runner.execute,
             runner._board,
-            lambda: not queue.empty(),
+            plans.waiting,
             lambda news: self.told.extend(news.items),
             PATIENCE_S,
+            ahead=partial(self._ahead, rank),
+            descriptor=plans.descriptor,
         )
+
+    def _ahead(self, rank: int, plan: StepPlan) -> StepsAhead | None:
+        if self._native is not None and rank not in self._native:
+            return None
+        found = self.runners[rank].ahead(plan)
+        if found is not None:
+            self.loops.append(rank)
+        return found
 
     def send(self, plan: StepPlan) -> None:
         for sp_rank in plan.group:
@@ -335,9 +297,11 @@ class ThreadEngine:
         return answer
 
     def close(self) -> None:
-        for queue in self._queues:
-            queue.put(None)
+        for plans in self._queues:
+            plans.put(None)
         self._threads.join(30.0)
+        for plans in self._queues:
+            os.close(plans.descriptor)
 
 
 @dataclass

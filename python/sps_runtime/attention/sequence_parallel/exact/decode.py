@@ -9,13 +9,16 @@ that a recording of the step serves every later one. Bytes sent per query, layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from sps_runtime.attention.backend import Partial
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.decode_inputs import DecodeInputs, PageReaders
+from sps_runtime.attention.decode_inputs import DecodeInputs
+from sps_runtime.attention.row_pages import Int64s, PageReaders
 from sps_runtime.attention.sequence_parallel.exact.partials import packed_bytes, unpack
 from sps_runtime.distributed.communicator import Communicator
 from sps_runtime.distributed.mesh import shares
@@ -41,9 +44,9 @@ def is_decode(plan: StepPlan) -> bool:
     )
 
 
-def page_count(plan: StepPlan, page_size: int) -> int:
-    """Pages of all sequences of a decode step."""
-    return sum(sequence.start // page_size + 1 for sequence in plan.sequences)
+def page_count(plan: StepPlan, page_size: int, steps: int = 1) -> int:
+    """Pages of all sequences of the last of some decode steps, the first of which is a plan's."""
+    return sum((sequence.start + steps - 1) // page_size + 1 for sequence in plan.sequences)
 
 
 def reachable(plan: StepPlan, context: AttentionContext) -> bool:
@@ -115,6 +118,11 @@ class DecodeAttention:
             count * self._inputs.remote_tokens(window) for window, count in self.layers.items()
         )
         return tokens * self._context.store.shape.token_bytes
+
+    def remote_bytes_each(self, remote_S: Mapping[int | None, Int64s]) -> Int64s:
+        """As `remote_bytes`, of each of some steps (`decode_inputs.StepFeeds`)."""
+        tokens_S = sum(count * remote_S[window] for window, count in self.layers.items())
+        return np.asarray(tokens_S * self._context.store.shape.token_bytes)
 
     def __call__(
         self,
