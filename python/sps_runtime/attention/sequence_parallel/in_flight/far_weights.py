@@ -57,7 +57,7 @@ class FlyingWeights:
 
     def add(self, block: int, layer: int, coming: Coming, bound: Bound) -> None:
         """Wait for the weights, and add them to those of rows that have attended."""
-        self._flight.wait(block, layer, [coming.pending])
+        self._flight.wait((layer, block), [coming.pending])
         for route, room in zip(coming.routes, coming.rooms, strict=True):
             route.add(bound.lse_RH, room)
 
