@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_timing import Budget, Ceilings, seconds_of
 from sps_runtime.attention.backend import AttentionBackend, PageLists, PagePool, Partial, QueryRun
 from sps_runtime.attention.choose import choose_backend, choose_device_backend
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.ops.dispatch import choose_ops
 
 Figures = dict[str, float]

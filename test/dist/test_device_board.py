@@ -15,7 +15,7 @@ from test.dist.helpers.thread_engine import SLOTS, Run, ThreadEngine, drive
 from test.kit.fake_flashinfer import FakeFlashInfer
 
 from sps_runtime.attention.backend import AttentionBackend
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops.dispatch import choose_ops
 from sps_runtime.runner import device_board, launched, model_runner

@@ -13,8 +13,8 @@ from test.dist.helpers.thread_engine import ThreadEngine, drive
 from test.kit.fake_flashinfer import FakeFlashInfer
 from torch import Tensor
 
-from sps_runtime.attention import flashinfer
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer import backend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.attention.shared_prefix import ReadCost
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.distributed.threads import ThreadCommunicator
@@ -81,7 +81,7 @@ def make_engine(
 def test_graphs_replay_what_was_planned_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of three sequences run in a shape of four rows; tables change under the same graph,
     whose plan is kept however many others come."""
-    monkeypatch.setattr(flashinfer, "REMEMBERED", 1)
+    monkeypatch.setattr(backend, "REMEMBERED", 1)
     model, library = exact_model(kind), FakeFlashInfer()
     engine = ThreadEngine(
         model.config, model.arena(1, ops="torch"), page_size=16, pages_per_rank=PAGES,
@@ -111,7 +111,7 @@ def test_branches_behind_one_prefix(
     if graphs and sp > 1:
         pytest.skip("graphs are of one rank")
     free = ReadCost(1)  # these pages are small beside what their rows cost
-    monkeypatch.setattr(flashinfer, "read_cost", lambda *_: free)
+    monkeypatch.setattr(backend, "read_cost", lambda *_: free)
     engine, libraries = make_engine("llama", sp, hosts)
     recorder = Graphs(libraries[0])
     if graphs:

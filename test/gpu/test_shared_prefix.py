@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
 from sps_runtime.attention.choose import choose_device_backend
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops import reference
 from sps_runtime.ops.cuda_graphs import GraphRecorder

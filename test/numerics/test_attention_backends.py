@@ -11,7 +11,7 @@ from test.kit.fake_flashinfer import FakeFlashInfer
 
 from sps_runtime.attention.backend import AttentionBackend, PageLists, PagePool, QueryRun
 from sps_runtime.attention.cpu import KernelBackend
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops import reference
 

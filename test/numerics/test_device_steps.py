@@ -13,7 +13,7 @@ from test.kit.fake_flashinfer import FakeFlashInfer
 from torch import Tensor
 
 from sps_runtime.attention.context import AttentionContext
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.distributed.by_device import DeviceMailroom, StagedMailroom
 from sps_runtime.distributed.communicator import Traffic

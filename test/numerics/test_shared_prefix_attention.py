@@ -12,10 +12,10 @@ import torch
 from test.kit.fake_flashinfer import FakeFlashInfer
 from torch import Tensor
 
-from sps_runtime.attention import flashinfer
 from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
-from sps_runtime.attention.flashinfer import FlashInferBackend
-from sps_runtime.attention.flashinfer_shared import LEAST_BYTES, group_limit
+from sps_runtime.attention.flashinfer import backend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
+from sps_runtime.attention.flashinfer.shared import LEAST_BYTES, group_limit
 from sps_runtime.attention.shared_prefix import ReadCost
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops import reference
@@ -118,7 +118,7 @@ class Batch:
 @pytest.fixture
 def pages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharing pays for any page: here pages are small beside the rows' second partials."""
-    monkeypatch.setattr(flashinfer, "read_cost", lambda _, least_bytes: ReadCost(1, 0, least_bytes))
+    monkeypatch.setattr(backend, "read_cost", lambda _, least_bytes: ReadCost(1, 0, least_bytes))
 
 
 def make(least: int = 0) -> tuple[FlashInferBackend, FakeFlashInfer]:

@@ -8,7 +8,7 @@ import torch
 
 from sps_runtime.attention.backend import AttentionBackend
 from sps_runtime.attention.cpu import KernelBackend
-from sps_runtime.attention.flashinfer import FlashInferBackend
+from sps_runtime.attention.flashinfer.backend import FlashInferBackend
 from sps_runtime.attention.torch_sdpa import TorchBackend
 from sps_runtime.ops.dispatch import Ops
 from sps_runtime.types.errors import ConfigError

@@ -43,7 +43,7 @@ def merge_shared_(
     Args:
         o, lse: ``[rows, heads, dim]`` and ``[rows, heads]`` fp32 to base 2, every row with a key.
         shared: likewise, ``[places, ...]``.
-        back, has: ``[rows]`` int64 and bool, as `flashinfer_shared.places` has them.
+        back, has: ``[rows]`` int64 and bool, as `shared.places` has them.
     """
     o_b, lse_b = shared[0][back], shared[1][back]
     if merges(o):

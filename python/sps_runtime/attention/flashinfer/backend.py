@@ -1,12 +1,12 @@
 """Partials by FlashInfer's kernels (Ye et al. 2025): paged prefill and decode, planned once a step.
 
 FlashInfer computes in two parts: `plan` reads page tables on the host and schedules work, `run`
-launches kernels. All layers of a step read the same tables (`attention.flashinfer_calls`), so a
+launches kernels. All layers of a step read the same tables (`attention.flashinfer.calls`), so a
 list of runs is planned when its first layer comes and the plan is kept while the step lasts. Lists
 of sparse attention are a layer's own: each is planned, with every KV head as a request by itself
 over a view of the pool whose pages hold one head.
 
-Single rows that begin with the same pages read these once (`attention.flashinfer_shared`), where
+Single rows that begin with the same pages read these once (`attention.flashinfer.shared`), where
 that saves enough.
 
 Its log-sum-exp is to base 2; ours is natural. Tested with 0.6.4 and 0.7.2's interfaces.
@@ -31,9 +31,9 @@ from sps_runtime.attention.backend import (
     Partial,
     QueryRun,
 )
-from sps_runtime.attention.flashinfer_calls import Call, Calls, Ints, Items, plan_calls
-from sps_runtime.attention.flashinfer_items import as_runs, by_head, of_lists, of_runs
-from sps_runtime.attention.flashinfer_layout import (
+from sps_runtime.attention.flashinfer.calls import Call, Calls, Ints, Items, plan_calls
+from sps_runtime.attention.flashinfer.items import as_runs, by_head, of_lists, of_runs
+from sps_runtime.attention.flashinfer.layout import (
     Layout,
     cut_heads,
     kv_heads_of,
@@ -43,9 +43,9 @@ from sps_runtime.attention.flashinfer_layout import (
     read_cost,
     sides_of,
 )
-from sps_runtime.attention.flashinfer_merges import LN2, base2, merge_shared_, merges
-from sps_runtime.attention.flashinfer_shared import LEAST_BYTES, Sharing, padded, share
-from sps_runtime.attention.flashinfer_wrappers import Planned, Wrappers
+from sps_runtime.attention.flashinfer.merges import LN2, base2, merge_shared_, merges
+from sps_runtime.attention.flashinfer.shared import LEAST_BYTES, Sharing, padded, share
+from sps_runtime.attention.flashinfer.wrappers import Planned, Wrappers
 from sps_runtime.ops.merge_state import empty_state, merge_rows_, merge_states
 
 REMEMBERED = 8

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.flashinfer_calls import Call
-from sps_runtime.attention.flashinfer_shared import group_limit, places
+from sps_runtime.attention.flashinfer.calls import Call
+from sps_runtime.attention.flashinfer.shared import group_limit, places
 from sps_runtime.ops.devices import Fence, Standing, upload
 
 FLOAT_BYTES = 384 << 20
@@ -35,7 +35,7 @@ class Planned:
 
     Attributes:
         rows: the call's rows on the device; None for all.
-        back, has: of a shared call, `flashinfer_shared.places` on the device.
+        back, has: of a shared call, `shared.places` on the device.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sps_runtime.attention.backend import PageLists, QueryRun
-from sps_runtime.attention.flashinfer_calls import Ints, Items
+from sps_runtime.attention.flashinfer.calls import Ints, Items
 
 
 def of_runs(runs: Sequence[QueryRun]) -> Items:

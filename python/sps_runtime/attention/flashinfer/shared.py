@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from sps_runtime.attention.flashinfer_calls import Call, Calls, Ints
+from sps_runtime.attention.flashinfer.calls import Call, Calls, Ints
 from sps_runtime.attention.shared_prefix import ReadCost, SharedPrefix, shared_prefixes
 
 LEAST_BYTES = 32 << 20
