@@ -8,7 +8,9 @@ faster of its two probes. Shares of many rounds are told as quartiles, those of 
 agree apart.
 
     python benchmark/decode_share.py --model DIR [--cells b1_512 b8_512 b1_8192] [--rounds 40]
-        [--json FILE] [-- FLAGS]
+        [--forms bf16 int8 int4] [--json FILE] [-- FLAGS]
+
+Quantized weights are one server after another; their shares count their own bytes.
 
 Two ranks of one thread, which are bound to their cores: servers in turns would have to share them,
 so commits and flags are compared by running this for each, more than once.
@@ -26,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import READS, Server, arguments, median, quantile, report
-from peers.maths import decode_rate, step_bytes
+from peers.maths import HIDDEN, LINEAR, VOCABULARY, decode_rate, step_bytes
 
 TOKENS = 49
+FORMS = {"bf16": (16.0, 16.0), "int8": (8.25, 8.25), "int4": (4.25, 8.25)}
+"""Bits of a weight with its scale (groups of 64): of layers, and of the head."""
 ALIKE = 1.1
 """Probes of a round agree within this factor."""
 _PROBE = (
@@ -68,21 +72,29 @@ def answers(server: Server, prompts: list[list[int]], tokens: int = TOKENS) -> l
     return [stream.times for stream in server.streams(prompts, tokens)]
 
 
+def needed_bytes(form: str, batch: int, context: float) -> float:
+    """Bytes of a step: as `step_bytes`, with the weights' own formats."""
+    layers, head = FORMS[form]
+    saved = LINEAR * (16 - layers) + VOCABULARY * HIDDEN * (16 - head)
+    return step_bytes(batch, context) - saved / 8
+
+
 def measure(
-    server: Server, cell: str, rounds: int, prober: subprocess.Popen[str]
+    server: Server, form: str, cell: str, rounds: int, prober: subprocess.Popen[str]
 ) -> Iterator[dict[str, Any]]:
     """Rounds of one cell."""
+    name = cell if form == "bf16" else f"{form}_{cell}"
     batch, length = (int(part.strip("b")) for part in cell.split("_"))
     rng = random.Random(cell)
     prompts = [[rng.randrange(300, 1000) for _ in range(length)] for _ in range(batch)]
     answers(server, prompts, 8)
-    needed = step_bytes(batch, length + TOKENS / 2)
+    needed = needed_bytes(form, batch, length + TOKENS / 2)
     for _ in range(rounds):
         before = probe(prober)
         rate = decode_rate(answers(server, prompts))
         floor = (before, probe(prober))
         share = needed * rate / batch / max(floor)
-        yield {"cell": cell, "tokens_per_s": rate, "floor": floor, "share": share}
+        yield {"cell": name, "tokens_per_s": rate, "floor": floor, "share": share}
 
 
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -110,13 +122,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a directory of the 0.5b shape")
     parser.add_argument("--cells", nargs="+", default=["b1_512", "b8_512", "b1_8192"])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--forms", nargs="+", default=["bf16"], choices=FORMS)
     parser.add_argument("flags", nargs="*", help="of the servers, behind --")
     args = parser.parse_args()
     flags = ["--model-path", str(args.model), "--sp-size", "2", "--threads-per-rank", "1"]
     room = ["--max-total-tokens", "20000", "--context-length", "9000", *args.flags]
     rounds = 3 if args.quick else args.rounds
-    with Server(*flags, *room) as server, probing() as prober:
-        rows = [row for cell in args.cells for row in measure(server, cell, rounds, prober)]
+    rows: list[dict[str, Any]] = []
+    for form in args.forms:
+        quantized = [] if form == "bf16" else ["--quantization", form]
+        with Server(*flags, *room, *quantized) as server, probing() as prober:
+            for cell in args.cells:
+                rows += measure(server, form, cell, rounds, prober)
     report(args.json, figures_of(rows), rows)
 
 
