@@ -1,18 +1,24 @@
 """One layer of one prompt's prefill over ranks that are threads: what crosses, to the byte.
 
-Bytes follow from where tokens lie, not from what attention computes, so nothing is computed: the
+Where bytes follow from where tokens lie, not from what attention computes, nothing is computed: the
 backend returns zeros, and long prompts over many ranks take seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sps_runtime.attention.backend import PageLists, PagePool, Partial, QueryRun
+from sps_runtime.attention.backend import (
+    AttentionBackend,
+    PageLists,
+    PagePool,
+    Partial,
+    QueryRun,
+)
 from sps_runtime.attention.context import AttentionContext, SparseMeans
 from sps_runtime.attention.sequence_parallel.build import sequence_attention, sparse_counters
 from sps_runtime.attention.shard_layout import ShardLayout
@@ -90,6 +96,12 @@ class Nothing:
     ) -> Partial:
         return Partial(torch.zeros(q_THD.shape), torch.zeros(q_THD.shape[:2]))
 
+    def refresh(self, lists: PageLists) -> bool:
+        return False
+
+    def form(self, lists: PageLists) -> str | None:
+        return None
+
     def merge(self, partials: Sequence[Partial], out_THD: Tensor) -> None:
         out_THD.zero_()
 
@@ -102,6 +114,9 @@ class Prefill:
         strategy: of exact attention.
         placement: a name of `kvcache.placement`; of superblocks under csa.
         operators: what chooses pages under csa.
+        given: q, k, v ``[tokens, heads, head_dim]`` of the layer, in `DTYPE`; zeros unless told.
+        backend: what attends to them.
+        apart: every rank is a host of its own.
     """
 
     shape: Shape
@@ -111,6 +126,9 @@ class Prefill:
     placement: str = "zigzag"
     attention: AttentionSpec = EXACT
     operators: SparseOperators | None = None
+    given: tuple[Tensor, Tensor, Tensor] | None = None
+    backend: AttentionBackend = field(default_factory=Nothing)
+    apart: bool = False
 
     def run(self) -> Crossed:
         """Prefill one layer; every rank is a thread."""
@@ -127,15 +145,18 @@ class Prefill:
             traffic = Traffic()
             means = None
             if self.operators is not None:
-                means = SparseMeans(self.operators, SummaryStore(summaries, rank))
+                mine = self._summaries(slots) if self.apart else summaries
+                means = SparseMeans(self.operators, SummaryStore(mine, rank))
             context = AttentionContext(
                 mesh=Mesh(self.ranks, 1, rank),
                 mailroom=world.mailroom(rank, traffic),
-                store=KVStore(pools, rank),
+                store=KVStore(
+                    [p if r == rank or not self.apart else None for r, p in enumerate(pools)], rank
+                ),
                 fence=fences.of(rank),
-                backend=Nothing(),
+                backend=self.backend,
                 traffic=traffic,
-                hosts=(0,) * self.ranks,
+                hosts=tuple(range(self.ranks)) if self.apart else (0,) * self.ranks,
                 sparse=means,
             )
             return traffic, self._attend(plan, layout, context)
@@ -164,8 +185,11 @@ class Prefill:
             torch.zeros(rows, heads, shape.head_dim, dtype=DTYPE)
             for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
         )
+        if self.given is not None:
+            mine = layout.token_index(layout.member(context.mesh.sp_rank))
+            q, k, v = (x[torch.from_numpy(mine)] for x in self.given)
         attend = sequence_attention(plan, layout, context)
-        attend(0, q, k, v, scale=1.0)
+        attend(0, q, k, v, scale=shape.head_dim**-0.5)
         return sparse_counters(attend)
 
     def _plan(self) -> tuple[StepPlan, int]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from test.dist.sparse_case import SLOTS, Outcome, Prompt, SparseCase
+from test.dist.sparse_case import LAYERS, SLOTS, Outcome, Prompt, SparseCase
 from test.dist.test_csa import BOUND, settled
 from test.dist.test_csa_audit import records
 from test.dist.test_csa_in_flight import run, same
 
+from sps_runtime.attention.sparse_audit import ROWS
 from sps_runtime.types.attention import EXACT, SparseCounters
 
 SUMS = ("read_pairs", "causal_pairs", "fetched_units", "remote_units", "fallbacks")
-HELD, WIDENED, SOME_FALL, ALL_FALL, HOPELESS = (
-    {"budget": budget, "max_tau": max_tau}
-    for budget, max_tau in ((0.2, 0.95), (0.4, 0.6), (0.2, 0.7), (0.2, 0.1), (0.2, 0.04))
+FREE, HELD, WIDENED, SOME_FALL, ALL_FALL, HOPELESS = (
+    {"superblock": 128, "budget": budget, "max_tau": max_tau}
+    for budget, max_tau in ((0.2, 1), (0.2, 0.95), (0.4, 0.6), (0.2, 0.7), (0.2, 0.1), (0.2, 0.04))
 )
+EVERY_ROW = {**HELD, "superblock": 64}
+"""As many rows would be audited as there are."""
 
 
 def assert_same(found: Outcome, alone: Outcome) -> None:
@@ -33,7 +36,7 @@ def sums(counters: SparseCounters) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("hosts", [(0, 1), (0, 0, 1, 1), (0, 1, 2)])
-@pytest.mark.parametrize("changes", [HELD, WIDENED, SOME_FALL, HOPELESS])
+@pytest.mark.parametrize("changes", [HELD, WIDENED, SOME_FALL, HOPELESS, EVERY_ROW])
 def test_hosts_change_nothing(hosts: tuple[int, ...], changes: dict[str, float]) -> None:
     prompt = Prompt(485, (256,), settled(**changes))
     settings = {"sp": len(hosts), "deal": 1, "data": 6}
@@ -47,7 +50,7 @@ def test_the_cases_are_what_they_are_called() -> None:
         SparseCase([Prompt(485, (256,), settled(**changes))], sp=2, deal=1, data=6)
         .run()
         .counters[0]
-        for changes in ({"budget": 0.2}, HELD, WIDENED, SOME_FALL, ALL_FALL)
+        for changes in (FREE, HELD, WIDENED, SOME_FALL, ALL_FALL)
     )
     assert sums(held) == sums(free) and free.fallbacks == 0
     assert widened.fallbacks == 0 and free.read_pairs < widened.read_pairs < widened.causal_pairs
@@ -56,41 +59,35 @@ def test_the_cases_are_what_they_are_called() -> None:
 
 
 @pytest.mark.parametrize("hosts", [(0, 1), (0, 1, 2, 3)])
-@pytest.mark.parametrize("changes", [{"budget": 0.2}, HELD, SOME_FALL, ALL_FALL, HOPELESS])
+@pytest.mark.parametrize("changes", [HELD, SOME_FALL, ALL_FALL, HOPELESS])
 def test_bytes_are_those_of_pages_summaries_and_audits(
     hosts: tuple[int, ...], changes: dict[str, float]
 ) -> None:
     case = SparseCase(
-        [Prompt(485, (), settled(superblock=128, **changes))],
-        sp=len(hosts), hosts=hosts, deal=2, data=6,
-    )  # fmt: skip
-    found = case.run()
-    counters = found.counters[0]
-    assert found.attention_bytes == counters.remote_bytes
-    pages = counters.fetched_units * 2 * case.page * case.dim * 4
-    owner, heads, dim = [page // SLOTS for page in case.pages[0]], case.heads, case.dim
-    nbytes = case.operators.summary_nbytes(case.page, dim, 4)
-    summaries = audits = questions = 0
-    rounds = 3 if 0.05 < changes.get("max_tau", 1) < 1 else 1
-    reads: dict[int, int] = {}  # the last page that a reader sees
-    for begin in (0, 128, 256):  # superblocks are twice as wide from 256 on
-        reads[owner[begin // 16]] = (485 if begin == 256 else begin + 128) // 16
-        others = set(owner[: begin // 16]) - {owner[begin // 16]}
-        if rounds == 3:
-            audits += len(others) * 64 * heads * (dim * 4 + 4)
+        [Prompt(485, (), settled(**changes))], sp=len(hosts), hosts=hosts, deal=2, data=6
+    )
+    found, unit = case.run(), 2 * case.page * case.dim * 4
+    counters, owner = found.counters[0], [page // SLOTS for page in case.pages[0]]
+    asks = changes is not HOPELESS
+    reads: dict[int, int] = {}  # pages before the end of a reader's last superblock
+    rows = summaries = questions = 0
+    for begin, end in ((0, 128), (128, 256), (256, 485)):  # twice as wide from 256 on
+        reader = owner[begin // 16]
+        reads[reader] = end // 16
+        rows += asks * len({*owner[: begin // 16]} - {reader}) * ROWS
     for reader, last in reads.items():
-        for other in range(case.sp):
-            seen = sum(one == other != reader for one in owner[:last])
-            questions += rounds * -(-seen * case.kv_heads // 8)
-            summaries += seen * case.kv_heads * nbytes
-    total = 2 * (summaries + audits + questions)
-    told = 0 if "max_tau" in changes else counters.remote_bytes - total - pages
-    assert counters.remote_bytes == pages + total + told and told >= 0
-    everything = counters.remote_units * 2 * case.page * case.dim * 4
+        for other in {*range(case.sp)} - {reader}:
+            units = owner[:last].count(other) * case.kv_heads
+            summaries += units * case.operators.summary_nbytes(case.page, case.dim, 4)
+            questions += (3 if asks else 1) * -(-units // 8)
+    audits = rows * case.heads * (case.dim * 4 + 4)
+    each_layer = summaries + questions + audits
+    assert counters.remote_bytes == counters.fetched_units * unit + LAYERS * each_layer
+    assert found.attention_bytes == counters.remote_bytes
     if changes is HELD:
-        assert pages < 0.6 * everything
+        assert 0 < counters.fetched_units < 0.6 * counters.remote_units
     if changes in (ALL_FALL, HOPELESS):
-        assert pages == everything
+        assert counters.fetched_units == counters.remote_units
 
 
 def test_each_sequence_is_held_to_its_own() -> None:
@@ -100,7 +97,7 @@ def test_each_sequence_is_held_to_its_own() -> None:
         Prompt(70, (7,), EXACT),
         Prompt(485, (128, 256), settled(**HELD)),
         Prompt(257, (256,)),
-        Prompt(200, (64,), settled(estimator="xattention", max_tau=0.5)),
+        Prompt(200, (64,), settled(estimator="xattention", superblock=128, max_tau=0.5)),
     ]
     alone = SparseCase(prompts, sp=3, data=5).run()
     found = SparseCase(prompts, sp=3, hosts=(0, 1, 1), data=5).run()

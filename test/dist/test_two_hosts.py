@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import secrets
@@ -20,6 +21,7 @@ from test.kit.hosts import ADDRESSES, TwoHosts, available
 
 PROMPTS = (1, 63, 64, 65, 300)
 NEW_TOKENS = 24
+LONG = 12_500
 
 _ASK = """
 import json, sys, time, urllib.request
@@ -116,3 +118,31 @@ def test_hosts_die_together(
     began = time.monotonic()
     assert nodes[1 - victim].wait(10) != 0
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("flags", [[], ["--disable-sp-pipeline"]])
+def test_a_bound_is_held_as_on_one_host(hosts: TwoHosts, model: Path, flags: list[str]) -> None:
+    """Of a prompt long enough for superblocks: what was read and dropped, and fewer bytes where
+    the bound is held."""
+    rng = random.Random(8)
+    body = {"input_ids": [[rng.randrange(5, 250) for _ in range(LONG)]]}
+    body["sampling_params"] = sampling(2)
+    asked = [{"mode": "csa", "max_tau": max_tau} for max_tau in (0.95, 0.5)]
+    room = {"max_total_tokens": 4 * LONG, "context_length": LONG + 64, "csa_min_tokens": 1}
+    flags = [*flags, *(f"--{name.replace('_', '-')}={value}" for name, value in room.items())]
+    serve(hosts, model, *flags)
+    got = [ask(hosts, {**body, "attention": each}) for each in asked]
+    with Engine(str(model), dtype="float32", sp_size=2, **room) as engine:
+        want = [engine.generate(**body, attention=each) for each in asked]
+    reports = [[answer["meta_info"]["attention"] for (answer,) in side] for side in (got, want)]
+    for one, other in zip(*reports, strict=True):
+        for name in ("mode", "density", "fallbacks", "tau_samples"):
+            assert one[name] == other[name]
+        for name in ("tau_mean", "tau_p95", "tau_max", "tau_last"):
+            assert math.isclose(one[name], other[name], abs_tol=1e-4)
+    held, exceeded = reports[0]
+    assert held["fallbacks"] == 0 < exceeded["fallbacks"]
+    assert held["tau_mean"] < 0.95 and held["union_share"] < 0.4 < exceeded["union_share"]
+    assert 2 * held["remote_bytes"] < exceeded["remote_bytes"]
+    tokens = [[answer["output_ids"] for (answer,) in side] for side in (got, want)]
+    assert tokens[0] == tokens[1]

@@ -30,11 +30,13 @@ confidence."""
 
 
 def reads_everything(settings: SparseSettings) -> bool:
-    """Whether all pages before a block are read to decide what it reads, or almost surely read in
-    the end: the estimator has no use for summaries, or the bound is one that no sample can show."""
+    """Whether all pages before a block are fetched without asking: the estimator has no use for
+    summaries, no sample can show the bound, or every row of a superblock would be audited, which
+    sends more than it can save."""
     found = estimator(settings.estimator)
     reads_keys = not found.needs <= IN_BLOB or hasattr(found, "probed")
-    return reads_keys or settings.max_tau < mean_upper_bound(0.0, ROWS)
+    hopeless = settings.max_tau < mean_upper_bound(0.0, ROWS)
+    return reads_keys or hopeless or (settings.max_tau < 1 and settings.superblock <= ROWS)
 
 
 def asks_owners(settings: SparseSettings) -> bool:
