@@ -44,6 +44,12 @@ def test_hosts_change_nothing(hosts: tuple[int, ...], changes: dict[str, float])
     assert_same(SparseCase([prompt], hosts=hosts, **settings).run(), alone)
 
 
+def test_tp_ranks_ask_about_their_own_heads() -> None:
+    prompt = Prompt(485, (256,), settled(**SOME_FALL))
+    alone = SparseCase([prompt], sp=2, tp=2, data=6).run()
+    assert_same(SparseCase([prompt], sp=2, tp=2, hosts=(0, 1), data=6).run(), alone)
+
+
 def test_the_cases_are_what_they_are_called() -> None:
     """Nothing is widened, much is and nothing falls back, some falls back, all does."""
     free, held, widened, some, everything = (

@@ -18,8 +18,8 @@ from sps_runtime.sparse.operators import Chosen, SparseOperators
 
 
 class SparseRows:
-    """The rows of query blocks with the same settings, in one layer: `choose`, `attend`, where
-    something is bounded `bound.hold`, `partials`.
+    """The rows of query blocks with the same settings, in one layer: `choose`, `attend`, for those
+    that are bounded `csa.bound.hold`, then `partials`.
 
     Args:
         q_THD: of all the step's rows, or of those from `first_row` on.

@@ -76,8 +76,8 @@ class _Block:
         written: the summaries of the pages that it fills.
         sparse: its query blocks, in the order of its rows.
         alone: its row that reads all pages, if it has one.
-        sees: pages that its rows may read.
-        members: those on this host whose pages these are.
+        far: pages of other hosts that its rows may read.
+        members: those on this host whose pages they may read.
         parcels: those that bring summaries of pages that it may choose.
     """
 
@@ -85,7 +85,7 @@ class _Block:
     written: NewSummaries
     sparse: list[SparseBlocks]
     alone: Runs
-    sees: Mask
+    far: Mask
     members: tuple[int, ...]
     parcels: list[int]
 
@@ -207,10 +207,8 @@ class FlyingCsa:
             if not len(index):
                 continue
             route = self._weights.route(block, flight.step.me, reader)
-            turn = (1 + reader) * blocks + block
-            clerk = Clerk(
-                flight, self._far, reader, block, index, questions, route, turn, q_THD[:0], scale
-            )
+            asks = reader, block, index, questions, route
+            clerk = Clerk(flight, self._far, *asks, q_THD[:0], scale)
             name = f"answers-{reader}-{block}"
             self._clerks.append(threading.Thread(target=clerk.serve, name=name, daemon=True))
             self._clerks[-1].start()
@@ -232,10 +230,10 @@ class FlyingCsa:
             if any(part is not None for part in parts):
                 rooms[parcel] = parts
                 coming[parcel] = flight.post(SUMMARIES, layer, parcel, [None] * size, parts)
-        asked = np.zeros((far.table, far.kv_heads), dtype=np.bool_)
+        asked, counted = self._nothing(), np.stack((self._nothing(), self._nothing()))
         mirror = Mirror(flight.step, layer)
         locks = {parcel: threading.Lock() for parcel in coming}
-        return _Layer(mirror, Coming(coming, rooms, locks), asked, np.stack((asked, asked)))
+        return _Layer(mirror, Coming(coming, rooms, locks), asked, counted)
 
     # -- a block's own
 
@@ -282,31 +280,27 @@ class FlyingCsa:
 
     def _wanted(self, block: int, rows: Sequence[SparseRows]) -> Mask:
         """Pages of other hosts that a block reads, for each KV head."""
-        mine = self._blocks[block]
-        far = mine.sees & ~self._flight.step.readable()
-        wanted = np.zeros((self._far.table, self._far.kv_heads), dtype=np.bool_)
+        mine, wanted = self._blocks[block], self._nothing()
         if len(mine.alone) or self._whole:
-            wanted[far] = True
+            wanted[:] = True
         else:
             for part in rows:
                 chosen = part.choose()
                 wanted[: len(chosen)] |= chosen
-        wanted &= far[:, None]
+        wanted &= mine.far[:, None]
         return wanted
 
     def _hold(self, block: int, layer: int, state: _Layer, rows: Sequence[SparseRows]) -> None:
         """Widen what loses too much; where owners expect to be asked for more, ask them."""
-        far = self._blocks[block].sees & ~self._flight.step.readable()
         numbers = itertools.count(1)
 
         def bring(wanted: Mask) -> None:
             if self._held:
-                wanted &= far[:, None]
+                wanted &= self._blocks[block].far[:, None]
                 self._ask(next(numbers), block, layer, state, wanted)
                 self._receive(block, layer, state, wanted)
 
-        nothing = np.zeros((self._far.table, self._far.kv_heads), dtype=np.bool_)
-        hold([part.bound for part in rows if part.bound is not None], nothing, bring)
+        hold([part.bound for part in rows if part.bound is not None], self._nothing(), bring)
 
     def _ask(self, number: int, block: int, layer: int, state: _Layer, wanted: Mask) -> None:
         """Ask owners for what no block of this rank has asked for yet: the block's `number`-th
@@ -364,6 +358,9 @@ class FlyingCsa:
 
     # -- who has what
 
+    def _nothing(self) -> Mask:
+        return np.zeros((self._far.table, self._far.kv_heads), dtype=np.bool_)
+
     def _askable(self, owner: int, reader: int, block: int) -> Ints:
         """Places of an owner's pages that a reader's block may ask for."""
         index = self._far.index(owner, reader)
@@ -385,7 +382,7 @@ class FlyingCsa:
             written=NewSummaries(step),
             sparse=sparse_blocks(layout, sparse),
             alone=alone,
-            sees=seen,
+            far=far,
             members=flight.step.neighbours(seen),
             parcels=np.unique(self._parcel[far]).tolist(),
         )

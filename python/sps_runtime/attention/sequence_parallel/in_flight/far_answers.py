@@ -59,7 +59,6 @@ class Clerk:
         index: places of own pages that the block may ask for.
         questions: kinds of the questions that it asks in each layer, in order.
         route: the audited rows that it sends; None for none.
-        turn: when weights are computed, but for the layer; nobody else's.
         like_THD: queries of no row.
     """
 
@@ -70,7 +69,6 @@ class Clerk:
     index: Ints
     questions: tuple[int, ...]
     route: AuditRoute | None
-    turn: int
     like_THD: Tensor
     scale: float
 
@@ -129,9 +127,9 @@ class Clerk:
 
     def _weigh(self, layer: int, route: AuditRoute, rows_RHD: Tensor, coming: Pending) -> Pending:
         """Compute weights ahead of own blocks: the reader's block waits for them."""
-        flight = self.flight
+        flight, blocks = self.flight, len(self.flight.plans)
         coming.wait()
-        flight.baton.take((layer - HURRY, self.turn))
+        flight.baton.take((layer - HURRY, (1 + self.reader) * blocks + self.block))  # no block's
         try:
             pool, backend = flight.context.pages(layer), flight.context.backend
             with torch.inference_mode():

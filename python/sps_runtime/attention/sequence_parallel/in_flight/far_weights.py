@@ -19,7 +19,7 @@ from sps_runtime.distributed.communicator import Pending
 
 
 @dataclass(frozen=True)
-class Coming:
+class ComingWeights:
     """Weights of one block and layer on their way here, of each owner that was asked."""
 
     routes: list[AuditRoute]
@@ -35,7 +35,7 @@ class FlyingWeights:
         self.route = cache(self._route)
         """(block, owner, reader) -> what they exchange in each layer; None for nothing."""
 
-    def ask(self, block: int, layer: int, q_AHD: Tensor) -> Coming | None:
+    def ask(self, block: int, layer: int, q_AHD: Tensor) -> ComingWeights | None:
         """Let a block's audited rows leave; None where nobody is asked."""
         flight = self._flight
         me, size = flight.step.me, flight.step.size
@@ -53,9 +53,9 @@ class FlyingWeights:
             self._counts.weigh(route.sequences, q_AHD[0].nbytes + came[0][0].nbytes)
         pending = flight.post(WEIGHTS, layer, block, [None] * size, rooms)
         flight.send(block, QUERIES, layer, block, messages)
-        return Coming(asked, came, pending)
+        return ComingWeights(asked, came, pending)
 
-    def add(self, block: int, layer: int, coming: Coming, bound: Bound) -> None:
+    def add(self, block: int, layer: int, coming: ComingWeights, bound: Bound) -> None:
         """Wait for the weights, and add them to those of rows that have attended."""
         self._flight.wait((layer, block), [coming.pending])
         for route, room in zip(coming.routes, coming.rooms, strict=True):
