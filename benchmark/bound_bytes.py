@@ -43,7 +43,7 @@ def captured(task: str, tokens: int, captures: Path | None) -> list[Layer]:
 
 
 def prefill(layers: list[Layer], ranks: int, settings: SparseSettings) -> list[Crossed]:
-    """Every layer over ranks that are hosts of their own."""
+    """Every layer over ranks that are hosts of their own, placed as a server does then."""
     shape, ops = shape_of("embedded"), choose_ops("auto", 1)
     backend = choose_backend(ops, page_size=PAGE, head_dim=shape.head_dim)
     return [
@@ -51,6 +51,7 @@ def prefill(layers: list[Layer], ranks: int, settings: SparseSettings) -> list[C
             shape,
             len(layer[0]),
             ranks,
+            placement="contiguous",
             attention=AttentionSpec("csa", settings),
             operators=choose_operators(ops.kernels, 1),
             given=layer,
