@@ -147,8 +147,7 @@ def cost_tables(rank: LocalRank, plan: Plan, budget: Budget) -> Iterator[tuple[s
     for rows in ROWS:
         if budget.over or rows > plan.chunk:
             return
-        like = rank.model.embedding.weight_VD
-        x_TD = torch.randn(rows, plan.config.hidden_size, device=rank.device).to(like.dtype)
+        x_TD = torch.randn(rows, plan.config.hidden_size, device=rank.device).to(rank.model.dtype)
         with torch.inference_mode():
             took = seconds_of(lambda x=x_TD: linear_part(layer, x, linear), rank.device, rounds=10)
         yield f"layer_linear_us_{rows}", 1e6 * took

@@ -122,7 +122,7 @@ class LocalRank:
         ops = choose_ops("torch" if backend == "torch" else "auto", device=device)
         spec = LoadSpec(directory or Path(), dtype, "auto" if directory else "dummy", seed)
         self.model = load_model_on(config, spec, 0, device, ops.operators)
-        self.dtype = self.model.embedding.weight_VD.dtype
+        self.dtype = self.model.dtype
         self.backend: AttentionBackend = (
             choose_backend(ops, page_size=page_size, head_dim=config.head_dim)
             if cpu

@@ -12,6 +12,7 @@ from sps_kernel import (
     pack_weight,
     packed_linear,
     packed_nbytes,
+    packed_rows,
     unpack_weight,
 )
 from sps_kernel._core import crc32c_generic
@@ -222,3 +223,42 @@ def test_recorded(kind):
     x.copy_(torch.randn(3, 70)), out.fill_(NAN)
     program.run()
     check(out, x, w, bias)
+
+
+@KINDS
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (35, 7), (67, 100), (48, 897)])
+def test_rows_are_the_weights(kind, ids, n, k):
+    w = torch.randn(n, k).to(DTYPE_OF[kind])
+    w[n // 2] = torch.nan
+    index = torch.randint(n, (40,), dtype=ids)
+    index[:2] = torch.tensor([0, n - 1])
+    wide = torch.full((40, k + 3), 7, dtype=w.dtype)
+    program = Program()
+    with program.recording():
+        out = packed_rows(index, packed(w, kind), n, k, kind, out=wide[:, :k])
+    for _ in range(2):
+        bits = torch.int16 if kind == "bf16" else torch.int32
+        assert torch.equal(out.contiguous().view(bits), w[index.long()].view(bits))
+        assert (wide[:, k:] == 7).all()
+        index.copy_(torch.randint(n, (40,)))
+        program.run()
+    for wrong in (-1, n):
+        index[3] = wrong
+        with pytest.raises(ValueError, match="ids\\[3\\]"):
+            program.run()
+
+
+def test_rows_of_codes_or_into_another_dtype_are_refused():
+    w, ids = torch.randn(16, 64), torch.zeros(2, dtype=torch.int64)
+    codes = torch.zeros(packed_nbytes(16, 64, "int8"), dtype=torch.uint8)
+    for arguments in (
+        (ids, codes, 16, 64, "int8", torch.zeros(2, 64)),
+        (ids, packed(w, "fp32"), 16, 64, "fp32", torch.zeros(2, 64, dtype=torch.bfloat16)),
+        (ids, packed(w, "fp32"), 16, 64, "fp32", torch.zeros(2, 63)),
+        (ids, packed(w, "fp32"), 32, 64, "fp32", torch.zeros(2, 64)),
+        (ids.float(), packed(w, "fp32"), 16, 64, "fp32", torch.zeros(2, 64)),
+    ):
+        *rest, out = arguments
+        with pytest.raises(ValueError):
+            packed_rows(*rest, out=out)

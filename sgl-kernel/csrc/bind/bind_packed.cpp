@@ -9,6 +9,7 @@
 #include "bind/program.h"
 #include "sps/crc32c.h"
 #include "sps/packed.h"
+#include "sps/packed_rows.h"
 #include "sps/quant.h"
 
 namespace sps::bind {
@@ -180,6 +181,22 @@ void linear(nb::handle x_, nb::handle packed_, int64_t n, int64_t k, const char*
          [p, threads] { packed_linear(p, threads); });
 }
 
+void rows(nb::handle ids_, nb::handle packed_, int64_t n, int64_t k, const char* kind,
+          nb::handle out_) {
+  const Tensor ids(ids_, "ids"), packed(packed_, "packed"), out(out_, "out", true);
+  const PackedLayout layout = layout_of(n, k, kind, 64);
+  if (quantized(layout.kind)) value_error("kind must be bf16 or fp32: codes are not the weight");
+  need_packed(packed, Slices(layout, {}));
+  ids.need_ndim(1).need_contiguous();
+  if (ids.dtype != DType::kI32 && ids.dtype != DType::kI64)
+    value_error("ids: must be int32 or int64");
+  out.need_dtype(layout.kind == PackedKind::kBf16 ? DType::kBf16 : DType::kF32);
+  out.need_shape({ids.shape[0], k}).need_last_contiguous();
+  const PackedRowsParams p{layout,   packed.data,        ids.data,    ids.dtype == DType::kI64,
+                           out.data, out.byte_stride(0), ids.shape[0]};
+  submit("look_up", {ids_, packed_, out_}, [p] { packed_rows(p); });
+}
+
 uint32_t checksum(nb::handle buffer_, int threads) {
   refuse_recording("crc32c");
   const Tensor buffer(buffer_, "buffer");
@@ -205,6 +222,7 @@ void bind_packed(nb::module_& m) {
   m.def("packed_linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("n"), nb::arg("k"),
         nb::arg("kind"), nb::arg("bias").none(), nb::arg("out"), nb::arg("rows").none(),
         nb::arg("columns").none(), nb::arg("group"), nb::arg("threads"), nb::arg("cuts"));
+  m.def("packed_rows", &rows);
   m.def("crc32c", &checksum);
   m.def("crc32c_generic", &checksum_generic);
 }

@@ -34,6 +34,7 @@ from sps_kernel.packed import (
     pack_weight,
     packed_linear,
     packed_nbytes,
+    packed_rows,
     unpack_weight,
 )
 from sps_kernel.program import Program
@@ -78,6 +79,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "packed_nbytes",
+    "packed_rows",
     "page_shares",
     "paged_attention",
     "publish",
