@@ -78,6 +78,7 @@ class Bursts:
         ahead: after the first step, a means to run the others natively; None where there is none.
         descriptor: readable whenever `interrupted` may have become true since it was asked; for
             `ahead`.
+        longest_s: how long one may take.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Bursts:
         clock: Callable[[], float] = time.monotonic,
         ahead: Callable[[StepPlan], StepsAhead | None] = lambda plan: None,
         descriptor: int = -1,
+        longest_s: float = LONGEST_S,
     ) -> None:
         self._rank = rank
         self._tp_size = tp_size
@@ -105,6 +107,7 @@ class Bursts:
         self._clock = clock
         self._ahead = ahead
         self._descriptor = descriptor
+        self._longest_s = longest_s
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run a plan that has a burst; the answer to it.
@@ -112,7 +115,7 @@ class Bursts:
         Raises:
             TimeoutError: the leading rank said nothing; and what `execute` raises.
         """
-        leader, until = plan.group[0] * self._tp_size, self._clock() + LONGEST_S
+        leader, until = plan.group[0] * self._tp_size, self._clock() + self._longest_s
         results = [self._execute(burst_step(plan, 0, self._page_size))]
         ahead = self._ahead(plan)
         if ahead is None:

@@ -267,6 +267,7 @@ class ThreadEngine:
             PATIENCE_S,
             ahead=partial(self._ahead, rank),
             descriptor=plans.descriptor,
+            longest_s=PATIENCE_S,
         )
 
     def _ahead(self, rank: int, plan: StepPlan) -> StepsAhead | None:
