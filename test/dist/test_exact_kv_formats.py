@@ -44,7 +44,7 @@ def answers(
 ) -> list[tuple[list[int], Tensor]]:
     model = exact_model("llama")
     engine = ThreadEngine(
-        model.config, model.arena(tp), sp=sp, tp=tp, hosts=hosts, page_size=16,
+        model.config, model.arena(tp, ops=ops), sp=sp, tp=tp, hosts=hosts, page_size=16,
         pages_per_rank=PAGES, ops=choose_ops(ops), kv_dtype=kv_dtype,
     )  # fmt: skip
     requests = [Request(prompt(length), NEW_TOKENS, chunk=chunk) for length in LENGTHS]
