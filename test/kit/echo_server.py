@@ -24,7 +24,7 @@ from sps_runtime.scheduler.policies.view import View
 from sps_runtime.scheduler.scheduler import ModelLimits, Scheduler, board_slots
 from sps_runtime.scheduler.sequence import Run
 from sps_runtime.types.attention import EXACT, AttentionSpec
-from sps_runtime.types.messages import LinkCost, TokensOut
+from sps_runtime.types.messages import DecodeCost, LinkCost, TokensOut
 from sps_runtime.types.plan import StepPlan, StepResult
 from sps_runtime.types.request import GenerateRequest
 from sps_runtime.types.sampling import LogprobParams, SamplingParams
@@ -32,6 +32,8 @@ from sps_runtime.types.tokens import pack_ids, unpack_ids
 from test.kit.sparse_referee import SparseReferee
 from test.kit.toy_grammar import ToyGrammars
 
+SLICES = DecodeCost(rows=(1,), sharded_s=(2.0,), replicated_s=(1.0,), ranks=2)
+"""Slices of the weights are always cheaper to decode with."""
 SHAPE = ModelShape(layers=2, hidden=64, q_heads=4, kv_heads=2, head_dim=16, linear_params=100_000)
 EOS = 3
 
@@ -122,6 +124,7 @@ class EchoServer:
         zero_copy: bool = True,
         no_sparse: str = "",
         bursts: bool = True,
+        slices: bool = False,
         parallel: dict[str, object] | None = None,
         cache: dict[str, object] | None = None,
         **config: object,
@@ -135,7 +138,12 @@ class EchoServer:
             CacheConfig(page_size=page_size, pages_per_rank=pages, **(cache or {})),
             self.parallel,
             ModelLimits(context, frozenset({EOS}), vocab),
-            StepCosts(SHAPE, LinkCost(1e-5, 1e9, zero_copy), 1e9),
+            StepCosts(
+                SHAPE,
+                LinkCost(1e-5, 1e9, zero_copy),
+                1e9,
+                decode=SLICES if slices else DecodeCost(),
+            ),
             no_sparse,
             bursts,
         )

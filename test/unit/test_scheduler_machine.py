@@ -34,9 +34,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         zero_copy=st.booleans(),
         seed=st.integers(0, 2**16),
         sparse=st.booleans(),
+        slices=st.booleans(),
     )
     def start(
-        self, sp, tp, arch, page_size, chunk, conservativeness, overlap, zero_copy, seed, sparse
+        self,
+        sp,
+        tp,
+        arch,
+        page_size,
+        chunk,
+        conservativeness,
+        overlap,
+        zero_copy,
+        seed,
+        sparse,
+        slices,
     ):
         self.sparse = sparse
         self.server = EchoServer(
@@ -52,6 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_running_requests=4,
             conservativeness=conservativeness,
             overlap=overlap,
+            slices=slices,
             csa_min_tokens=0 if sparse else 10_000,
             parallel={"arch": arch},
         )

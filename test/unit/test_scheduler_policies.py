@@ -167,6 +167,50 @@ def test_decode_placement_is_the_cost_models(monkeypatch: pytest.MonkeyPatch) ->
         assert plan.placement == ("replicated" if len(plan.group) > 1 else "sharded")
 
 
+def test_local_requests_share_slices_where_that_is_cheaper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[tuple[int, ...]] = []
+
+    def cheaper_together(self: StepCosts, tokens: tuple[int, ...]) -> str:
+        told.append(tokens)
+        return "replicated" if sum(tokens) >= 3 else "sharded"
+
+    monkeypatch.setattr(StepCosts, "decode_placement", cheaper_together)
+    server = grouped(sp=2, pages=64)
+    ends = [server.add([first, 5, 6], new, ignore_eos=True) for first, new in ((11, 30), (12, 60))]
+    for _ in range(20):
+        server.turn()
+    assert {plan.group for plan in plans_of(server, "decode")} == {(0,), (1,)}, "two stay apart"
+    third = server.add([11, 7, 8], 60, ignore_eos=True)
+    server.run()
+    decodes = plans_of(server, "decode")
+    together = [plan for plan in decodes if plan.group == (0, 1)]
+    assert together and {plan.placement for plan in together} == {"replicated"}
+    assert max(len(plan.sequences) for plan in together) == 3
+    assert decodes[-1].group in ((0,), (1,)), "and two are apart again"
+    assert (2, 1) in told
+    assert {news.rid for news in server.news if news.finish is not None} == {*ends, third}
+
+
+def test_local_requests_stay_apart_while_a_prompt_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(StepCosts, "decode_placement", lambda self, tokens: "replicated")
+    server = grouped(sp=2, pages=400, chunked_prefill_size=4, context=10_000)
+    for first in (11, 12):
+        server.add([first, 5, 6], 300, ignore_eos=True)
+    for _ in range(20):
+        server.turn()
+    server.add([12, *range(4, 40)], 1)
+    del server.plans[:]
+    server.run()
+    prefills = [at for at, plan in enumerate(server.plans) if plan.phase == "prefill"]
+    during = server.plans[prefills[0] : prefills[-1]]
+    assert {plan.group for plan in during if plan.phase == "decode"} == {(0,), (1,)}
+    assert (0, 1) in {plan.group for plan in server.plans[prefills[-1] :]}
+
+
 def test_sarathi_mixes_decode_and_chunks_within_one_budget() -> None:
     server = EchoServer(sp=2, policy="sarathi", chunked_prefill_size=8, pages=64)
     for first in range(4):

@@ -23,6 +23,7 @@ def random_server(seed: int) -> EchoServer:
         pages=chance.choice([8, 16, 40]),
         page_size=chance.choice([1, 2, 4]),
         zero_copy=chance.random() < 0.5,
+        slices=chance.random() < 0.5,
         chunked_prefill_size=chance.choice([4, 8, -1]),
         max_prefill_tokens=chance.choice([8, 64]),
         conservativeness=chance.choice([0, 0.3, 1]),

@@ -26,9 +26,9 @@ FLOPS, LEAST_ROWS, MOST_ROWS = 5e9, 32, 512
 """Of one product that is timed: enough rows to be bound by arithmetic."""
 FLOPS_ROUNDS = 3
 DECODE_ROWS = (1, 2, 4, 8, 16)
-DECODE_BYTES = 64 << 20
-"""Weights of the layers that are timed in turn: more than caches hold."""
-DECODE_ROUNDS = 5
+DECODE_BYTES = 128 << 20
+"""Weights of the layers that are timed in turn: a rank's part of them is more than caches hold."""
+DECODE_ROUNDS = 4
 GPU_ROWS = 4096
 
 
@@ -64,13 +64,17 @@ def measure_decode(
     A collective call. Layers are timed in turn, so that their weights come from memory. The head is
     left out: it is one more layer of the same kind, and more than all of them to measure. Each
     placement is timed as steps run it: replicated ones are replayed where they can be recorded.
-    They take turns, for memory that others use too may be twice as fast a second later.
+    They take turns, for memory that others use too may be twice as fast a second later. Where each
+    rank multiplies by whole weights, ranks begin with different layers: those that go through the
+    same ones at once read them from each other's cache, and homes that serve do not.
 
     Args:
         links: of the group of all SP ranks.
         recorder: of this rank's decode steps, None where they are not recorded.
     """
     layers = model.layers[: _layers_to_time(model)]
+    first = len(layers) * links.sp.rank // links.sp.size
+    apart = [*layers[first:], *layers[:first]]
     sharded, replicated = [], []
     for rows in DECODE_ROWS:
         x_TD = torch.randn(rows, model.config.hidden_size).to(model.device, model.dtype)
@@ -78,7 +82,7 @@ def measure_decode(
         whole = place("sharded", "ntp", links, members, ops)
         slices = place("replicated", "ntp", links, members, ops)
         called = _all_layers(layers, x_TD, slices)
-        runs: list[Callable[[], object]] = [_all_layers(layers, x_TD, whole), called]
+        runs: list[Callable[[], object]] = [_all_layers(apart, x_TD, whole), called]
         if recorder is not None and links.recordable:
             _, recording = recorder.record(called)
             runs[1] = called if isinstance(recording, str) else recording.replay

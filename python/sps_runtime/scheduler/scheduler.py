@@ -339,7 +339,7 @@ class Scheduler:
             samples = step.steps * self._planner.samples(run, count)
             count += step.steps - 1
             flight = Flight(epoch, run.sent + count, samples)
-            flight.sparse = run.sparse_now is not None
+            flight.sparse, flight.burst = run.sparse_now is not None, step.steps > 1
             run.flights.append(flight)
             if run.sparse_now is not None:
                 self._planner.summarise(run, run.sent + count, step.mask)

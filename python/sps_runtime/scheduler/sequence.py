@@ -119,11 +119,13 @@ class Flight:
 
     Attributes:
         end: positions below it are in the pages once every rank has answered.
-        samples: how many tokens the plan samples for it: more than one in a burst.
+        samples: how many tokens the plan samples for it; of a burst's, those that came when its end
+            is known.
         tokens: the sampled tokens, when their rank has answered.
         taken: how many of them were given out (or thrown away).
         complete: every rank has answered.
         sparse: it prefills under csa.
+        burst: the plan is for several steps.
     """
 
     epoch: int
@@ -133,6 +135,7 @@ class Flight:
     taken: int = 0
     complete: bool = False
     sparse: bool = False
+    burst: bool = False
 
     @property
     def due(self) -> int:

@@ -7,18 +7,22 @@ from sps_runtime.scheduler.policies.view import Step, View, mask_ranks
 from sps_runtime.scheduler.sequence import Run
 from sps_runtime.types.plan import Placement
 
+Component = tuple[int, list[Run]]
+"""Ranks, and runs whose KV lies on them."""
+
 
 def decode_steps(view: View) -> list[Step]:
     """One step per connected component of the runs' owner sets.
 
-    Runs local to different ranks decode apart, without ever meeting; one run over two ranks pulls
-    everything on both into one step. A component goes when all its runs can: a run that is a step
+    Runs local to different ranks decode apart, without ever meeting, unless slices of the weights
+    for all are cheaper (`_joined`); one run over two ranks pulls everything on both into one step.
+    A component goes when all its runs can: a run that is a step
     behind would otherwise stay so, and halve the batch. Only a run still waiting for its first
     token is left behind, so that decode does not stand still for a prefill.
     """
     runs = [run for run in view.runs.values() if run.decodes]
     while True:
-        components = _components(view, runs)
+        components = _joined(view, _components(view, runs))
         blocked = [
             run for mask, runs in components for run in runs if not view.may_decode(run, mask)
         ]
@@ -39,11 +43,11 @@ def decode_steps(view: View) -> list[Step]:
     return steps
 
 
-def _components(view: View, runs: list[Run]) -> list[tuple[int, list[Run]]]:
+def _components(view: View, runs: list[Run]) -> list[Component]:
     by_mask: dict[int, list[Run]] = {}
     for run in runs:
         by_mask.setdefault(view.decode_mask(run), []).append(run)
-    components: list[tuple[int, list[Run]]] = []
+    components: list[Component] = []
     for mask, runs in by_mask.items():
         apart = []
         for other_mask, other_runs in components:
@@ -53,6 +57,17 @@ def _components(view: View, runs: list[Run]) -> list[tuple[int, list[Run]]]:
                 apart.append((other_mask, other_runs))
         components = [*apart, (mask, runs)]
     return components
+
+
+def _joined(view: View, components: list[Component]) -> list[Component]:
+    """All components as one where that reads weights sooner: each rank a slice for all tokens, not
+    the whole for its own. Not while a prompt is computed, whose ranks would hold up all others."""
+    if len(components) < 2 or any(run.prefilling for run in view.runs.values()):
+        return components
+    mask, runs = 0, list[Run]()
+    for part, members in components:
+        mask, runs = mask | part, runs + members
+    return [(mask, runs)] if _placement(view, mask, runs) == "replicated" else components
 
 
 def _placement(view: View, mask: int, runs: list[Run]) -> Placement:

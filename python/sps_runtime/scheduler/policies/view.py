@@ -102,10 +102,10 @@ class View:
         group must be that one, or a part of it on the same host. Penalties and grammars are told
         every token but the one on the board, so at most that one may be unknown.
         """
+        if run.flights and run.flights[-1].burst:
+            return False  # It ends when all its ranks have seen, on the board, how far it came.
         if run.unknown == 0:
             return True
-        if run.flights[-1].samples > 1:
-            return False  # How far a burst comes is known at its end.
         if not self.config.overlap or (run.unknown > 1 and run.sequence.needs_history):
             return False
         return mask == run.mask or (self.parallel.nnodes == 1 and not mask & ~run.mask)
