@@ -27,10 +27,13 @@ FORMS: dict[str, tuple[str, ...]] = {
     "int4": ("--quantization", "int4"),
 }
 PROMPT, LONG = 16, 4096
+KEPT_S = 60.0
+"""Seconds in which a cold server has kept its packed weights."""
 
 
 def start(form: str, model: Path, cache: Path, memory: bool) -> dict[str, Any]:
-    """One start: seconds until the server is healthy, and until it has answered a token."""
+    """One start: seconds until the server is healthy, and until it has answered a token. It ends
+    when packed weights are kept: the server writes them when it is idle."""
     flags = ["--model-path", str(model), "--sp-size", "2", "--threads-per-rank", "1"]
     draw = random.Random(form)
     with Server(*flags, *FORMS[form], "--weight-cache-dir", str(cache)) as server:
@@ -41,6 +44,11 @@ def start(form: str, model: Path, cache: Path, memory: bool) -> dict[str, Any]:
             with server.watch_memory():
                 server.stream([draw.randrange(100, 30_000) for _ in range(LONG)], 4)
             row["peak_pss_bytes"] = server.peak_pss_bytes
+        deadline = time.monotonic() + KEPT_S
+        while not any(cache.glob("*.weights")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no packed weights in {cache} after {KEPT_S:g} s")
+            time.sleep(0.2)
     return row
 
 
