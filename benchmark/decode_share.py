@@ -30,7 +30,9 @@ from typing import Any
 from harness import READS, Server, arguments, median, quantile, report
 from peers.maths import HIDDEN, LINEAR, VOCABULARY, decode_rate, step_bytes
 
-TOKENS = 49
+TOKENS, TOGETHER = 49, 129
+"""Of an answer; of each of several, which begin up to a second apart, for every one computes the
+last page of its prompt: only while all of them decode is counted."""
 FORMS = {"bf16": (16.0, 16.0), "int8": (8.25, 8.25), "int4": (4.25, 8.25)}
 """Bits of a weight with its scale (groups of 64): of layers, and of the head."""
 ALIKE = 1.1
@@ -67,7 +69,7 @@ def probe(process: subprocess.Popen[str]) -> float:
     return float(process.stdout.readline())
 
 
-def answers(server: Server, prompts: list[list[int]], tokens: int = TOKENS) -> list[list[float]]:
+def answers(server: Server, prompts: list[list[int]], tokens: int) -> list[list[float]]:
     """Arrival times of each stream's tokens."""
     return [stream.times for stream in server.streams(prompts, tokens)]
 
@@ -88,10 +90,11 @@ def measure(
     rng = random.Random(cell)
     prompts = [[rng.randrange(300, 1000) for _ in range(length)] for _ in range(batch)]
     answers(server, prompts, 8)
-    needed = needed_bytes(form, batch, length + TOKENS / 2)
+    tokens = TOKENS if batch == 1 else TOGETHER
+    needed = needed_bytes(form, batch, length + tokens / 2)
     for _ in range(rounds):
         before = probe(prober)
-        rate = decode_rate(answers(server, prompts))
+        rate = decode_rate(answers(server, prompts, tokens))
         floor = (before, probe(prober))
         share = needed * rate / batch / max(floor)
         yield {"cell": name, "tokens_per_s": rate, "floor": floor, "share": share}
