@@ -22,7 +22,7 @@ def burst_steps(view: View, runs: Items[Run], placement: Placement, ranks: int) 
     known; 1 where their batch may change: requests wait or are being prefilled."""
     if view.burst < FEWEST or view.waiting or (ranks > 1 and placement != "replicated"):
         return 1
-    if any(run.prefilling for run in view.runs.values()):
+    if view.prefilling:
         return 1
     steps = min([view.burst, *(map(_steps, runs))])
     return steps if steps >= FEWEST else 1

@@ -44,11 +44,6 @@ struct Word {
   }
 };
 
-bool signal_pending() {
-  nb::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
-
 bool wait(nb::handle buffer, int64_t index, int64_t value, double spin_us, double timeout_s) {
   const Word w(buffer, index, false);
   const uint64_t v = w.check(value);

@@ -10,11 +10,6 @@
 namespace sps::bind {
 namespace {
 
-bool signal_pending() {
-  nb::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
-
 // Links over a buffer that they keep alive, as recorded exchanges keep them.
 class PyLinks {
  public:

@@ -23,6 +23,11 @@ nb::list available_isas() {
 
 }  // namespace
 
+bool sps::bind::signal_pending() {
+  nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
 NB_MODULE(_core, m) {
   // A process that ends with links and programs alive is no mistake: ranks keep theirs to the end.
   nb::set_leak_warnings(false);

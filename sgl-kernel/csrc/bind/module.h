@@ -18,4 +18,7 @@ void bind_sparse(nanobind::module_& m);
 void bind_program(nanobind::module_& m);
 void bind_step_loop(nanobind::module_& m);
 
+// Runs handlers of signals that came, with the interpreter's lock; whether one raised. For waits.
+bool signal_pending();
+
 }  // namespace sps::bind

@@ -25,11 +25,6 @@ struct TimedOut : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-bool signal_pending() {
-  nb::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
-
 bool readable(int descriptor) {
   pollfd p{descriptor, POLLIN, 0};
   return descriptor >= 0 && poll(&p, 1, 0) > 0;

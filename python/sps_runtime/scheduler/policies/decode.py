@@ -62,7 +62,7 @@ def _components(view: View, runs: list[Run]) -> list[Component]:
 def _joined(view: View, components: list[Component]) -> list[Component]:
     """All components as one where that reads weights sooner: each rank a slice for all tokens, not
     the whole for its own. Not while a prompt is computed, whose ranks would hold up all others."""
-    if len(components) < 2 or any(run.prefilling for run in view.runs.values()):
+    if len(components) < 2 or view.prefilling:
         return components
     mask, runs = 0, list[Run]()
     for part, members in components:

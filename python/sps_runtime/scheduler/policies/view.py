@@ -68,6 +68,11 @@ class View:
         return (1 << self.parallel.sp_size) - 1
 
     @property
+    def prefilling(self) -> bool:
+        """Whether a prompt is being computed."""
+        return any(run.prefilling for run in self.runs.values())
+
+    @property
     def reads_in_place(self) -> bool:
         """Whether a group may read committed pages of ranks outside it."""
         one_host = self.parallel.nnodes == 1

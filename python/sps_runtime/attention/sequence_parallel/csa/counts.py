@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from sps_runtime.attention.sequence_parallel.step import StepState
 from sps_runtime.attention.shard_layout import Ints
@@ -84,8 +85,11 @@ class SparseCounts:
         bits = np.bincount(of, minlength=len(self._first) - 1) * self._kv_heads
         self._sums["bytes"] += np.diff(-(-np.cumsum(bits) // 8), prepend=0)
 
-    def weigh(self, sequences: Ints, nbytes: int) -> None:
-        """Count audited rows that owners weighed, each of so many bytes there and back."""
+    def weigh(self, sequences: Ints, q_AHD: Tensor) -> None:
+        """Count audited rows that owners weighed: queries like these travel there, and the fp32
+        weight of each head back."""
+        _, heads, dim = q_AHD.shape
+        nbytes = heads * (dim * q_AHD.itemsize + 4)
         rows = np.bincount(sequences, minlength=len(self._first) - 1)
         self._sums["bytes"] += rows * nbytes
 

@@ -55,10 +55,9 @@ class FarWeights:
         q_AHD = torch.cat([q_THD[:0], *(part.audited_queries() for part in parts)])
         self._came = _room(self._guests, q_AHD)
         rows = [q_AHD[:0] if route is None else q_AHD[route.rows] for route in self._asked]
-        row_bytes = q_AHD.shape[1:].numel() * q_AHD.itemsize + 4 * q_AHD.shape[1]
         for route in self._asked:
             if route is not None:
-                self._counts.weigh(route.sequences, row_bytes)
+                self._counts.weigh(route.sequences, q_AHD)
         self._coming = self._step.start(rows, self._came, TAG)
 
     def add(self, layer: int, parts: Sequence[SparseRows], scale: float) -> None:

@@ -14,7 +14,7 @@ from sps_runtime.attention.sequence_parallel.csa.counts import SparseCounts
 from sps_runtime.attention.sequence_parallel.csa.far_weights import member_route
 from sps_runtime.attention.sequence_parallel.in_flight.far_answers import QUERIES, WEIGHTS
 from sps_runtime.attention.sequence_parallel.in_flight.flight import Flight
-from sps_runtime.attention.sparse_blocks import sparse_blocks, split_runs
+from sps_runtime.attention.sparse_blocks import SparseBlocks, sparse_blocks, split_runs
 from sps_runtime.distributed.communicator import Pending
 
 
@@ -34,6 +34,7 @@ class FlyingWeights:
         self._flight, self._counts = flight, counts
         self.route = cache(self._route)
         """(block, owner, reader) -> what they exchange in each layer; None for nothing."""
+        self._sparse = cache(self._sparse_of)
 
     def ask(self, block: int, layer: int, q_AHD: Tensor) -> ComingWeights | None:
         """Let a block's audited rows leave; None where nobody is asked."""
@@ -50,7 +51,7 @@ class FlyingWeights:
             return None
         came = [room for room in rooms if room is not None]
         for route in asked:
-            self._counts.weigh(route.sequences, q_AHD[0].nbytes + came[0][0].nbytes)
+            self._counts.weigh(route.sequences, q_AHD)
         pending = flight.post(WEIGHTS, layer, block, [None] * size, rooms)
         flight.send(block, QUERIES, layer, block, messages)
         return ComingWeights(asked, came, pending)
@@ -62,7 +63,11 @@ class FlyingWeights:
             route.add(bound.lse_RH, room)
 
     def _route(self, block: int, owner: int, reader: int) -> AuditRoute | None:
-        flight = self._flight
-        runs, _ = split_runs(flight.layouts[block], reader)
-        found = sparse_blocks(flight.layouts[block], runs)
-        return member_route(flight.steps[block], found, owner, reader)
+        found = self._sparse(block, reader)
+        return member_route(self._flight.steps[block], found, owner, reader)
+
+    def _sparse_of(self, block: int, reader: int) -> list[SparseBlocks]:
+        """A reader's query blocks that choose; the same whoever is asked."""
+        layout = self._flight.layouts[block]
+        runs, _ = split_runs(layout, reader)
+        return sparse_blocks(layout, runs)
